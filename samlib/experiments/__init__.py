@@ -1,0 +1,132 @@
+"""What the study runs: one file per experiment, each a declaration of arms and of the claims they decide.
+
+An **arm** is one method in one setting, repeated over seeds. Its `role` is the name by which a decision rule calls it;
+its `cell` is the setting it shares with the arms it is compared with. A module of this package holds
+
+    TITLE           the page's question
+    DECIDES         claim id -> profile -> the cells whose arms decide the claim
+    PUBLISHED_SCALE profiles on the published data set and network family, where thresholds in points hold
+    arms(profile)   the arms, in the order they are worth running
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from samlib import spec as specs_of
+from samlib.errors import InputError
+from samlib.spec import CheckSpec, MeasureSpec, RunSpec, Spec
+
+STEMS = ("sam_by_hand", "sam_vs_sgd")
+PROFILES = ("quick", "gpu", "paper")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One method in one setting, over seeds.
+
+    `base` is the spec of which every member is a copy with its own seed. `measures` are templates: each is taken of
+    every member, with the member's key as its parent.
+    """
+
+    role: str
+    cell: str
+    base: RunSpec | CheckSpec
+    seeds: tuple[int, ...]
+    measures: tuple[MeasureSpec, ...] = ()
+
+    @property
+    def specs(self) -> tuple[RunSpec | CheckSpec, ...]:
+        return tuple(dataclasses.replace(self.base, seed=seed) for seed in self.seeds)
+
+    def measures_of(self, member: RunSpec | CheckSpec) -> tuple[MeasureSpec, ...]:
+        parent = specs_of.key(member)
+        return tuple(dataclasses.replace(measure, parent=parent) for measure in self.measures)
+
+    def varied(self, seeds: tuple[int, ...] | None, overrides: Mapping[str, Any]) -> "Arm":
+        """A reader's own variation: other seeds, other fields. Same role and cell, other keys."""
+        base = specs_of.override(self.base, overrides) if isinstance(self.base, RunSpec) else self.base
+        return dataclasses.replace(self, base=base, seeds=self.seeds if seeds is None else seeds)
+
+
+def measure(name: str, **settings: Any) -> MeasureSpec:
+    """A template for `Arm.measures`: a measure whose parent is filled in for each member."""
+    return MeasureSpec(parent="0" * 16, measure=name, **settings)
+
+
+def load(stem: str) -> ModuleType:
+    """The module of an experiment.
+
+    Raises:
+        InputError: no experiment has this stem.
+    """
+    if stem not in STEMS:
+        raise InputError(f"experiment = {stem!r} is unknown: use one of {', '.join(STEMS)}")
+    return import_module(f"samlib.experiments.{stem}")
+
+
+def arms(
+    stem: str,
+    profile: str,
+    seeds: int | Sequence[int] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[Arm, ...]:
+    """The arms of an experiment on a profile; `seeds` (a number or a list) and `overrides` make a variation of them.
+
+    Raises:
+        InputError: unknown experiment, profile, seed or field; nothing has run by then.
+    """
+    declared = load(stem).arms(check_profile(profile))
+    if seeds is None and not overrides:
+        return declared
+    chosen = None if seeds is None else _seeds(seeds)
+    varied = tuple(arm.varied(chosen, overrides or {}) for arm in declared)
+    _ = [arm.specs for arm in varied]  # a bad seed is an error here, before anything runs
+    return varied
+
+
+def specs(arms: Sequence[Arm]) -> list[Spec]:
+    """Every spec of the arms once, each measure after the run it needs."""
+    found: dict[str, Spec] = {}
+    for arm in arms:
+        for member in arm.specs:
+            for spec in (member, *arm.measures_of(member)):
+                found.setdefault(specs_of.key(spec), spec)
+    return list(found.values())
+
+
+def all_specs(profile: str, stems: Sequence[str] = STEMS) -> list[Spec]:
+    """Every spec of a profile once, in the order of the experiments."""
+    return specs([arm for stem in stems for arm in arms(stem, profile)])
+
+
+def decides(claim: str, profile: str) -> tuple[str | None, tuple[str, ...]]:
+    """The experiment that decides a claim and the cells bound to it on a profile; (None, ()) where there is none yet."""
+    for stem in STEMS:
+        bound = load(stem).DECIDES
+        if claim in bound:
+            return stem, tuple(bound[claim].get(check_profile(profile), ()))
+    return None, ()
+
+
+def published_scale(stem: str, profile: str) -> bool:
+    """Whether thresholds in points, loss or ratios hold (else the sign alone is judged: a miniature)."""
+    return check_profile(profile) in load(stem).PUBLISHED_SCALE
+
+
+def check_profile(profile: str) -> str:
+    if profile not in PROFILES:
+        raise InputError(f"profile = {profile!r} is unknown: use one of {', '.join(PROFILES)}")
+    return profile
+
+
+def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(seeds, bool) or not isinstance(seeds, (int, Sequence)) or isinstance(seeds, str):
+        raise InputError(f"seeds = {seeds!r}: use a number of seeds or a list of them")
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise InputError(f"seeds = {seeds!r}: use at least one seed, each once")
+    return chosen

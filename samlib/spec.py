@@ -1,0 +1,391 @@
+"""What a run is: frozen dataclasses that name everything that can change a number.
+
+    spec -> canonical JSON, fields at their default left out -> SHA-256 -> key
+
+Leaving defaults out means that a field added later keeps every older key; a golden test pins the defaults and three
+keys, so that changing a default fails loudly. Standard library only: nothing here needs torch.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from samlib.errors import InputError
+
+# ---------------------------------------------------------------------------------------------- fields
+
+
+def _field(default: Any, doc: str, **checks: Any) -> Any:
+    """A dataclass field that carries its own documentation and the values it accepts."""
+    return dataclasses.field(default=default, metadata={"doc": doc, **checks})
+
+
+def _choice(default: str, options: tuple[str, ...], doc: str) -> Any:
+    return _field(default, doc, options=options)
+
+
+def _number(default: float | None, doc: str, low: float = -math.inf, high: float = math.inf, above: float = -math.inf):
+    return _field(default, doc, low=low, high=high, above=above)
+
+
+def _count(default: int | None, doc: str, low: int = 1) -> Any:
+    return _field(default, doc, low=low, high=math.inf, above=-math.inf, whole=True)
+
+
+# ---------------------------------------------------------------------------------------------- checking values
+
+
+def _checked(cls: type, field: dataclasses.Field, value: Any) -> Any:
+    where = f"{cls.__name__.removesuffix('Spec').lower()}.{field.name}"
+    if "options" in field.metadata:
+        return _checked_choice(where, value, field.metadata["options"])
+    if isinstance(field.default, bool):
+        if not isinstance(value, bool):
+            raise InputError(f"{where} = {value!r}: use True or False")
+        return value
+    if value is None and field.default is None:
+        return None
+    return _checked_number(where, value, field.metadata)
+
+
+def _checked_choice(where: str, value: Any, options: tuple[str, ...]) -> str:
+    if value not in options:
+        raise InputError(f"{where} = {value!r} is unknown: use one of {', '.join(options)}")
+    return value
+
+
+def _checked_number(where: str, value: Any, limits: Mapping[str, Any]) -> float:
+    whole = limits.get("whole", False)
+    value = math.inf if value == "inf" and not whole else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or (whole and value % 1):
+        raise InputError(f"{where} = {value!r}: use a {'whole ' if whole else ''}number")
+    if not (limits["low"] <= value <= limits["high"] and value > limits["above"]):
+        raise InputError(f"{where} = {value!r} is out of range: use {_range(limits)}")
+    if value == math.inf and not where.endswith(".p"):
+        raise InputError(f"{where} = inf: use a finite number")
+    return int(value) if whole else float(value)
+
+
+def _range(limits: Mapping[str, Any]) -> str:
+    if limits["above"] > -math.inf:
+        return f"a number above {limits['above']:g}"
+    if limits["high"] < math.inf:
+        return f"a number from {limits['low']:g} to {limits['high']:g}"
+    return f"{limits['low']:g} or more"
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise InputError(f"seed = {seed!r}: use a whole number from 0 to {2**31 - 1}")
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1) or difflib.get_close_matches(
+        name, [candidate.split(".")[-1] for candidate in names], n=1
+    )
+    return f": did you mean {close[0]!r}?" if close else f": use one of {', '.join(names)}"
+
+
+# ---------------------------------------------------------------------------------------------- the parts of a run
+
+
+class _Part:
+    """Checks every field of a part when it is made, so that a wrong spec never reaches a device."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if "doc" in field.metadata:
+                object.__setattr__(self, field.name, _checked(type(self), field, getattr(self, field.name)))
+
+
+@dataclass(frozen=True, slots=True)
+class DataSpec(_Part):
+    name: str = _choice("digits", ("digits", "cifar10", "cifar100"), "data set")
+    train_size: int | None = _count(None, "training images drawn per seed; None takes all that are left")
+    validation_size: int = _count(0, "images per seed held out of the training images, always with clean labels", low=0)
+    label_noise: float = _number(0.0, "exact share of training labels moved to a wrong class, uniformly", low=0, high=1)
+    scaling: str = _choice(
+        "standardize",
+        ("standardize", "unit", "symmetric"),
+        "inputs: channel mean 0 and sd 1 over the training split, or pixels in [0, 1], or in [-1, 1]",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec(_Part):
+    name: str = _choice("cnn", ("cnn",), "network")
+    width: int = _count(8, "channels of the first convolution; the next two have 2 and 4 times as many")
+    norm: str = _choice("batch", ("batch", "group", "none"), "normalisation after each convolution")
+    dropout: float = _number(0.0, "dropout before the classifier", low=0, high=0.999)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimSpec(_Part):
+    method: str = _choice("sgd", ("sgd", "sam", "asam", "average_sam"), "optimiser; shards make SAM into mSAM")
+    rho: float = _number(0.05, "radius of the perturbation", low=0)
+    p: float = _number(2.0, "norm of the ball; inf is written as the string 'inf'", above=1)
+    eta: float = _number(0.01, "ASAM: added to |w| in the scale of a weight", low=0)
+    perturbed: str = _choice("all", ("all", "weights"), "tensors that are perturbed: all, or those with 2 or more axes")
+    scaled: str = _choice("all", ("all", "weights"), "ASAM: tensors scaled by |w|: all, or those with 2 or more axes")
+    num_shards: int = _count(1, "shards per mini-batch, each with its own ascent (mSAM)")
+    shard_size: int | None = _count(None, "examples per ascent; sets the number of shards instead of num_shards")
+    shard_batchnorm: str = _choice(
+        "shard", ("shard", "batch"), "batch-norm statistics of a shard's passes: its own, or the whole mini-batch's"
+    )
+    second_pass_batchnorm: str = _choice(
+        "frozen", ("frozen", "update", "eval"), "batch norm at w + eps: running statistics frozen, updated, or used"
+    )
+    lr: float = _number(0.1, "peak learning rate", above=0)
+    momentum: float = _number(0.9, "momentum of SGD", low=0, high=1)
+    nesterov: bool = _field(False, "Nesterov momentum")
+    weight_decay: float = _number(0.0005, "coefficient on w in the gradient (PyTorch's convention)", low=0)
+    weight_decay_in: str = _choice(
+        "update", ("update", "loss"), "weight decay in the final update only, or in the loss of both passes"
+    )
+    schedule: str = _choice("cosine", ("cosine", "constant"), "learning rate per step: cosine to 0, or constant")
+    clip: str = _choice("none", ("none", "descent", "both"), "which gradients are clipped to clip_norm")
+    clip_norm: float = _number(5.0, "largest Euclidean norm of a clipped gradient", above=0)
+
+    def __post_init__(self) -> None:
+        _Part.__post_init__(self)
+        if self.shard_size is not None and self.num_shards != 1:
+            raise InputError(
+                f"optim.shard_size = {self.shard_size} and optim.num_shards = {self.num_shards} are both set: keep one"
+            )
+        if self.nesterov and self.momentum == 0:
+            raise InputError("optim.nesterov = True needs optim.momentum above 0, got 0.0")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSpec(_Part):
+    epochs: int = _count(40, "passes over the training images")
+    batch_size: int = _count(128, "examples per step")
+    drop_last: bool = _field(True, "leave out the last, smaller batch of an epoch")
+    label_smoothing: float = _number(0.0, "label smoothing epsilon", low=0, high=0.999)
+    smoothing_convention: str = _choice(
+        "K", ("K", "K-1"), "smoothing spreads epsilon over all K classes (PyTorch), or over the K-1 wrong ones"
+    )
+    precision: str = _choice("fp32", ("fp32", "tf32", "bf16", "fp16"), "arithmetic of the forward and backward pass")
+    replay_dropout: bool = _field(False, "both passes of a SAM step use the same dropout masks")
+    logged_loss: str = _choice("w", ("w", "w+eps"), "where the logged training loss is taken")
+    eval_every: int = _count(1, "epochs between two evaluations; the last epoch is always evaluated")
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """One training run. Everything that can change its numbers, and nothing else (device and workers go to the record)."""
+
+    data: DataSpec = DataSpec()
+    model: ModelSpec = ModelSpec()
+    optim: OptimSpec = OptimSpec()
+    train: TrainSpec = TrainSpec()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+        shards, batch = num_shards(self), self.train.batch_size
+        if shards > batch:
+            raise InputError(
+                f"optim.num_shards = {shards} is larger than train.batch_size = {batch}: use at most {batch} shards"
+            )
+        size = self.data.train_size
+        if size is not None and self.train.drop_last and batch > size:
+            raise InputError(
+                f"train.batch_size = {batch} is larger than data.train_size = {size}, so every batch would be dropped: "
+                f"use at most {size}, or train.drop_last = False"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureSpec(_Part):
+    """One measure of one trained model, which it names by the key of the run that trained it."""
+
+    parent: str
+    measure: str = _choice("lambda_max", ("lambda_max", "adversarial_sharpness"), "what is measured")
+    split: str = _choice("train", ("train", "test"), "images the loss is taken on, never augmented")
+    mode: str = _choice("eval", ("eval", "train"), "batch norm: running statistics, or those of the batch")
+    rho: float = _number(0.05, "adversarial sharpness: radius", low=0)
+    steps: int = _count(1, "adversarial sharpness: projected ascent steps")
+    shard_size: int | None = _count(None, "adversarial sharpness: examples per ascent; None is one ascent over all")
+
+    def __post_init__(self) -> None:
+        _Part.__post_init__(self)
+        if not is_key(self.parent):
+            raise InputError(f"measure.parent = {self.parent!r} is not a key: it is the 16 hex digits of a run")
+
+    @property
+    def column(self) -> str:
+        """Name of the measure in a frame: the measure, and where it is not the default how it was taken."""
+        settings = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if field.name not in ("parent", "measure") and getattr(self, field.name) != field.default
+        ]
+        return "@".join([self.measure, *settings])
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSpec:
+    """An exact check in float64: its name in samlib.checks, its settings, and a seed for its random numbers."""
+
+    check: str
+    settings: tuple[tuple[str, str | int | float], ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+        object.__setattr__(self, "settings", tuple(sorted((str(k), v) for k, v in self.settings)))
+
+
+Spec = RunSpec | MeasureSpec | CheckSpec
+KINDS: dict[str, type] = {"train": RunSpec, "measure": MeasureSpec, "check": CheckSpec}
+
+
+def num_shards(spec: RunSpec) -> int:
+    """Shards per full mini-batch: optim.num_shards, or as many of optim.shard_size as the batch needs."""
+    size = spec.optim.shard_size
+    return spec.optim.num_shards if size is None else math.ceil(spec.train.batch_size / size)
+
+
+# ---------------------------------------------------------------------------------------------- identity
+
+
+def kind(spec: Spec) -> str:
+    return next(name for name, cls in KINDS.items() if isinstance(spec, cls))
+
+
+def canonical(spec: Spec) -> dict[str, Any]:
+    """The spec as plain JSON data: its kind, and each field that differs from its default."""
+    return {"kind": kind(spec), **_changed(spec)}
+
+
+def key(spec: Spec) -> str:
+    """16 hex digits that name the spec and its record."""
+    return _digest(canonical(spec))
+
+
+def group(spec: Spec) -> str:
+    """The key without the seed: replicates of one setting share it."""
+    return _digest({name: value for name, value in canonical(spec).items() if name != "seed"})
+
+
+def from_canonical(data: Mapping[str, Any]) -> Spec:
+    """The inverse of `canonical`.
+
+    Raises:
+        InputError: unknown kind or field, or a value the field does not take.
+    """
+    name = data.get("kind")
+    if name not in KINDS:
+        raise InputError(f"spec.kind = {name!r} is unknown: use one of {', '.join(KINDS)}")
+    return _build(KINDS[name], {field: value for field, value in data.items() if field != "kind"}, "spec")
+
+
+def is_key(text: str) -> bool:
+    return len(text) == 16 and set(text) <= set("0123456789abcdef")
+
+
+def flat(spec: Spec) -> dict[str, Any]:
+    """Every field, defaults too, by its dotted name ('optim.rho')."""
+    return dict(_flat_items(spec))
+
+
+def documentation(cls: type = RunSpec) -> dict[str, str]:
+    """What each field means, by its dotted name."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            found |= {f"{field.name}.{name}": doc for name, doc in documentation(field.type).items()}
+        else:
+            found[field.name] = field.metadata.get("doc", field.name)
+    return found
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _changed(spec: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if dataclasses.is_dataclass(value):
+            if changed := _changed(value):
+                out[field.name] = changed
+        elif field.name == "settings":
+            out[field.name] = {name: _plain(setting) for name, setting in value}
+        elif value != field.default:
+            out[field.name] = _plain(value)
+    return out
+
+
+def _plain(value: Any) -> Any:
+    return "inf" if value == math.inf else value  # JSON has no infinity
+
+
+def _flat_items(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flat_items(value, f"{prefix}{field.name}.")
+        elif field.name == "settings":
+            yield from ((f"{prefix}{name}", setting) for name, setting in value)
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+# ---------------------------------------------------------------------------------------------- changing a spec
+
+
+def override(spec: Spec, changes: Mapping[str, Any]) -> Spec:
+    """The spec with some fields changed, by dotted name ('model.width') or by the last word where it is unique.
+
+    Raises:
+        InputError: an unknown or ambiguous name, or a value the field does not take.
+    """
+    for name, value in changes.items():
+        spec = _with(spec, _full_name(spec, name).split("."), value)
+    return spec
+
+
+def _full_name(spec: Spec, name: str) -> str:
+    names = list(flat(spec))
+    if name in names:
+        return name
+    matches = [candidate for candidate in names if candidate.split(".")[-1] == name]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise InputError(f"overrides: {name!r} could be {' or '.join(matches)}: write one of these")
+    raise InputError(f"overrides: {name!r} is no field of a {kind(spec)} spec{_nearest(name, names)}")
+
+
+def _with(part: Any, path: list[str], value: Any) -> Any:
+    if len(path) > 1:
+        value = _with(getattr(part, path[0]), path[1:], value)
+    return dataclasses.replace(part, **{path[0]: value})
+
+
+def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for name, value in data.items():
+        if name not in fields:
+            raise InputError(f"{where}.{name} is no field{_nearest(name, list(fields))}")
+        if dataclasses.is_dataclass(fields[name].type):
+            value = _build(fields[name].type, value, name)
+        elif name == "settings":
+            value = tuple(value.items())
+        values[name] = value
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from None
