@@ -1,0 +1,212 @@
+"""Data sets as tensors on the device, split and shuffled by seed.
+
+Digits come with scikit-learn. CIFAR-10 and CIFAR-100 are read from `<root>/<name>.npz` if it is there, else by
+torchvision, which downloads and verifies them; the arrays are then kept as that npz. The root is the environment
+variable SAMLIB_DATA, else ~/.cache/samlib.
+"""
+
+import hashlib
+import os
+import urllib.error
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samlib.errors import InputError
+from samlib.spec import DataSpec
+
+DIGITS_TEST_SIZE = 797  # of 1,797; the same test images for every seed
+DIGITS_SPLIT_SEED = 12345
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """A data set as it lies on disk: uint8 images (N, height, width, channels) and labels (N,)."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: tuple[str, ...]
+    digest: str
+    maximum: int = 255  # largest pixel value
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Inputs (n, channels, height, width) float32 and labels (n,) int64 on one device."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """What one seed trains, chooses and reports on. Only the training labels may be noisy."""
+
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    digest: str
+
+
+# ---------------------------------------------------------------------------------------------- splits of one seed
+
+
+def load(spec: DataSpec, seed: int, device: torch.device | str = "cpu") -> Splits:
+    """The splits of a seed: validation and training images drawn without overlap, label noise, scaling.
+
+    Raises:
+        InputError: more images asked for than there are, or a data set that is neither on disk nor downloadable.
+    """
+    images = read(spec.name)
+    train, validation = draw(len(images.train_labels), spec, seed)
+    labels = torch.from_numpy(images.train_labels.astype(np.int64))
+    noisy = with_label_noise(labels[train], spec.label_noise, len(images.classes), generator(seed, "noise"))
+    inputs, test_inputs = scaled(images, spec.scaling)
+
+    def split(inputs: Tensor, labels: Tensor) -> Split:
+        return Split(inputs.to(device).contiguous(), labels.to(device))
+
+    return Splits(
+        train=split(inputs[train], noisy),
+        validation=split(inputs[validation], labels[validation]),
+        test=split(test_inputs, torch.from_numpy(images.test_labels.astype(np.int64))),
+        num_classes=len(images.classes),
+        digest=images.digest,
+    )
+
+
+def draw(available: int, spec: DataSpec, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the training and the validation images of a seed, disjoint."""
+    wanted = spec.validation_size + (spec.train_size or 1)
+    if wanted > available:
+        raise InputError(
+            f"data.train_size = {spec.train_size} and data.validation_size = {spec.validation_size} ask for more than "
+            f"the {available} training images of {spec.name}: use {available} at most together"
+        )
+    order = torch.randperm(available, generator=generator(seed, "split"))
+    validation, rest = order[: spec.validation_size], order[spec.validation_size :]
+    return rest[: spec.train_size], validation
+
+
+def with_label_noise(labels: Tensor, share: float, num_classes: int, rng: torch.Generator) -> Tensor:
+    """Labels of which exactly `share` (rounded to whole labels) are moved to another class, chosen uniformly."""
+    count = round(share * len(labels))
+    moved = torch.randperm(len(labels), generator=rng)[:count]
+    shift = torch.randint(1, num_classes, (count,), generator=rng)
+    noisy = labels.clone()
+    noisy[moved] = (labels[moved] + shift) % num_classes
+    return noisy
+
+
+def scaled(images: Images, scaling: str) -> tuple[Tensor, Tensor]:
+    """Training and test inputs as float32 (n, channels, height, width); statistics come from the training images."""
+    train, test = (
+        torch.from_numpy(array).permute(0, 3, 1, 2).float() / images.maximum
+        for array in (images.train_images, images.test_images)
+    )
+    if scaling == "unit":
+        return train, test
+    if scaling == "symmetric":
+        return train * 2 - 1, test * 2 - 1
+    axes = (0, 2, 3)
+    mean, sd = train.mean(axes, keepdim=True), train.std(axes, keepdim=True)
+    return (train - mean) / sd, (test - mean) / sd
+
+
+def batches(size: int, batch_size: int, drop_last: bool, rng: torch.Generator) -> Iterator[Tensor]:
+    """Indices of one epoch's mini-batches, in a fresh random order."""
+    order = torch.randperm(size, generator=rng)
+    stop = size - size % batch_size if drop_last else size
+    yield from (order[start : start + batch_size] for start in range(0, stop, batch_size))
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """One generator per purpose, so that changing how much one of them draws leaves the others as they were."""
+    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def root() -> Path:
+    return Path(os.environ.get("SAMLIB_DATA") or Path.home() / ".cache" / "samlib").expanduser()
+
+
+def read(name: str) -> Images:
+    """The arrays of a data set."""
+    return _digits() if name == "digits" else _cifar(name, root())
+
+
+@lru_cache(maxsize=1)
+def _digits() -> Images:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = found.images.astype(np.uint8)[..., None]
+    labels = found.target.astype(np.uint8)
+    order = np.random.RandomState(DIGITS_SPLIT_SEED).permutation(len(labels))
+    test, train = order[:DIGITS_TEST_SIZE], order[DIGITS_TEST_SIZE:]
+    arrays = (images[train], labels[train], images[test], labels[test])
+    return Images(*arrays, tuple("0123456789"), _digest(arrays), maximum=16)
+
+
+@lru_cache(maxsize=2)
+def _cifar(name: str, folder: Path) -> Images:
+    path = folder / f"{name}.npz"
+    if not path.exists():
+        _save_npz(path, *_from_torchvision(name, folder))
+    try:
+        with np.load(path) as file:
+            fields = ("train_images", "train_labels", "test_images", "test_labels")
+            arrays = tuple(file[field] for field in fields)
+            classes = tuple(str(label) for label in file["classes"])
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"data file {path} cannot be read ({error}): delete it and run again") from error
+    return Images(*arrays, classes, _digest(arrays))
+
+
+def _from_torchvision(name: str, folder: Path) -> tuple[tuple[np.ndarray, ...], list[str]]:
+    from torchvision import datasets
+
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        train, test = (source(str(folder), train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError, urllib.error.URLError) as error:
+        raise InputError(
+            f"data.name = {name!r}: {folder / (name + '.npz')} is not there and torchvision could not download it "
+            f"({error}). On a machine with a network run\n"
+            f"    python -c \"from torchvision.datasets import {source.__name__} as D; D('{folder}', download=True)\"\n"
+            f"or copy {name}.npz into {folder} (SAMLIB_DATA names another folder). "
+            "The quick profile needs no download: --profile quick"
+        ) from error
+    arrays = (train.data, np.array(train.targets, np.uint8), test.data, np.array(test.targets, np.uint8))
+    return arrays, train.classes
+
+
+def _save_npz(path: Path, arrays: tuple[np.ndarray, ...], classes: list[str]) -> None:
+    """Written under another name first, so that an interrupted write leaves no broken file behind."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    fields = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(temporary, **dict(zip(fields, arrays, strict=True)), classes=np.array(classes))
+    temporary.replace(path)
+
+
+def _digest(arrays: tuple[np.ndarray, ...]) -> str:
+    """A digest of the pixels and labels, the same however they were stored."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]
