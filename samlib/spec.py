@@ -125,6 +125,11 @@ class ModelSpec(_Part):
     norm: str = _choice("batch", ("batch", "group", "none"), "normalisation after each convolution")
     dropout: float = _number(0.0, "dropout before the classifier", low=0, high=0.999)
 
+    def __post_init__(self) -> None:
+        _Part.__post_init__(self)
+        if self.norm == "group" and self.width % 4:
+            raise InputError(f"model.width = {self.width} does not split into 4 groups: use a multiple of 4")
+
 
 @dataclass(frozen=True, slots=True)
 class OptimSpec(_Part):
@@ -172,7 +177,7 @@ class TrainSpec(_Part):
     smoothing_convention: str = _choice(
         "K", ("K", "K-1"), "smoothing spreads epsilon over all K classes (PyTorch), or over the K-1 wrong ones"
     )
-    precision: str = _choice("fp32", ("fp32", "tf32", "bf16", "fp16"), "arithmetic of the forward and backward pass")
+    precision: str = _choice("fp32", ("fp32", "bf16"), "arithmetic of convolutions and matrix products")
     replay_dropout: bool = _field(False, "both passes of a SAM step use the same dropout masks")
     logged_loss: str = _choice("w", ("w", "w+eps"), "where the logged training loss is taken")
     eval_every: int = _count(1, "epochs between two evaluations; the last epoch is always evaluated")
@@ -180,7 +185,7 @@ class TrainSpec(_Part):
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """One training run. Everything that can change its numbers, and nothing else (device and workers go to the record)."""
+    """One training run: everything that can change its numbers, and nothing else (device and workers do not)."""
 
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
@@ -190,6 +195,8 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
+        if self.train.logged_loss == "w+eps" and self.optim.method == "sgd":
+            raise InputError("train.logged_loss = 'w+eps' needs optim.method to perturb, got 'sgd': use 'w'")
         shards, batch = num_shards(self), self.train.batch_size
         if shards > batch:
             raise InputError(

@@ -1,0 +1,299 @@
+"""Records on disk, and the frames made from them. The only file that knows paths; nothing here needs torch.
+
+results/<profile>/records/<key>.json        committed, read-only
+runs/<profile>/records/<key>.json           working store, git-ignored
+runs/<profile>/weights/<key>.pt             weights of finished runs, so that a new measure needs no retraining
+runs/<profile>/checkpoints/<key>.pt         a run in progress
+runs/<profile>/aside/                       files that could not be used, moved out of the way
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from samlib import spec as specs_of
+from samlib.errors import InputError
+from samlib.experiments import Arm, check_profile
+from samlib.spec import MeasureSpec, RunSpec, Spec
+
+SCHEMA = 1  # version of the record's form
+NUMERICS = 1  # raised by hand whenever a change to samlib can move results: older records then show as stale
+
+STATUSES = ("done", "diverged", "failed")
+STORES = ("results", "runs")
+
+
+class RecordError(InputError):
+    """A record that cannot be used: truncated, of another schema, or not of the spec its name says."""
+
+
+@dataclass(slots=True)
+class Record:
+    """What one run left behind. Plain JSON data throughout.
+
+    Attributes:
+        spec: the canonical spec; `key` is its hash.
+        status: done, diverged (loss or weights not finite) or failed (an exception, in `error`).
+        history: columns of equal length, `epoch` and `step` among them.
+        final: metrics at the `last`, `best_test` and `best_validation` epoch.
+        measures: measures of a model, or values of a check.
+        perturbation: what of eps acted at the precision of the run, at its end (norm ratio, cosine, unmoved share).
+        environment: versions, device, threads, platform, commit and whether the checkout was dirty.
+    """
+
+    key: str
+    spec: dict[str, Any]
+    status: str
+    history: dict[str, list[float | None]] = field(default_factory=dict)
+    final: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    measures: dict[str, float | None] = field(default_factory=dict)
+    perturbation: dict[str, float | None] = field(default_factory=dict)
+    data_digest: str | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    images_per_second: float | None = None
+    finished: str = ""
+    error: str | None = None
+    numerics: int = NUMERICS
+    schema: int = SCHEMA
+
+    @property
+    def stale(self) -> bool:
+        return self.numerics != NUMERICS
+
+    @property
+    def usable(self) -> bool:
+        """Whether the run need not be made again."""
+        return self.status != "failed" and not self.stale
+
+
+# ---------------------------------------------------------------------------------------------- the store
+
+
+def project_root() -> Path:
+    """Where results/ and runs/ lie: SAMLIB_ROOT, else the checkout that holds this file, else the current folder."""
+    if named := os.environ.get("SAMLIB_ROOT"):
+        return Path(named).expanduser().resolve()
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "results").is_dir() else Path.cwd()
+
+
+def open_store(profile: str, store: str | Path = "results") -> "Store":
+    """The committed records of a profile (`results`), the working store (`runs`), or a folder of your own.
+
+    Raises:
+        InputError: unknown profile.
+    """
+    check_profile(profile)
+    if str(store) in STORES:
+        return Store(project_root() / str(store) / profile, writable=str(store) == "runs")
+    return Store(Path(store).expanduser() / profile, writable=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The records of one profile below one folder."""
+
+    folder: Path
+    writable: bool = False
+
+    def record_path(self, key: str) -> Path:
+        return self.folder / "records" / f"{key}.json"
+
+    def weights_path(self, key: str) -> Path:
+        return self.folder / "weights" / f"{key}.pt"
+
+    def checkpoint_path(self, key: str) -> Path:
+        return self.folder / "checkpoints" / f"{key}.pt"
+
+    def load(self, key: str) -> Record | None:
+        """The record of a key; None where there is none.
+
+        Raises:
+            RecordError: the file is truncated, of another schema, or holds another spec than its name says.
+        """
+        path = self.record_path(key)
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            return None
+        return parse(text, path, key)
+
+    def save(self, record: Record) -> Path:
+        """Writes a record so that a reader sees the old file, the new one, or none, but never a part of one."""
+        path = self.record_path(record.key)
+        write_text(
+            path, json.dumps(_json_ready(asdict(record)), indent=None, separators=(",", ":"), allow_nan=False) + "\n"
+        )
+        return path
+
+    def recorded(self) -> list[str]:
+        return sorted(path.stem for path in (self.folder / "records").glob("*.json"))
+
+    def records(self) -> Iterator[Record]:
+        yield from (record for key in self.recorded() if (record := self.load(key)) is not None)
+
+    def put_aside(self, key: str) -> Path:
+        """Moves a record that cannot be used to `aside/`, so that its run is made again and nothing is lost."""
+        source = self.record_path(key)
+        for attempt in range(10_000):
+            target = self.folder / "aside" / f"{source.name}{f'.{attempt}' if attempt else ''}"
+            if not target.exists():
+                break
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+        return target
+
+    def check_writable(self) -> None:
+        """
+        Raises:
+            InputError: nothing can be written here; nothing has run by then.
+        """
+        if not self.writable:
+            raise InputError(f"store = {self.folder} holds committed records and is read-only: use the store 'runs'")
+        probe = self.folder / f".probe-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"store = {self.folder} cannot be written ({error.strerror}): name another folder"
+            ) from error
+
+    def frame(self, arms: Sequence[Arm]) -> pd.DataFrame:
+        """One row per member of the arms.
+
+        Columns: cell, role, seed, key, status, every field of the spec by its dotted name, the metrics of the last
+        epoch (`test_accuracy_pct`) and of two others (`test_accuracy_pct@best_validation`), and the measures. A run without a
+        record is a row of status 'missing'; one made by older code is 'stale'.
+        """
+        rows = [self._row(arm, member) for arm in arms for member in arm.specs]
+        return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["cell", "role", "seed", "key", "status"])
+
+    def history(self, arms: Sequence[Arm]) -> pd.DataFrame:
+        """One row per evaluated epoch of each recorded member: cell, role, seed, and the columns of the history."""
+        frames = []
+        for arm in arms:
+            for member in arm.specs:
+                record = self.load(specs_of.key(member))
+                if record is not None and record.history:
+                    frames.append(pd.DataFrame(record.history).assign(cell=arm.cell, role=arm.role, seed=member.seed))
+        return (
+            pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["cell", "role", "seed", "epoch"])
+        )
+
+    def _row(self, arm: Arm, member: Spec) -> dict[str, Any]:
+        key = specs_of.key(member)
+        row = {"cell": arm.cell, "role": arm.role, "seed": member.seed, "key": key, "status": "missing"}
+        row |= {name: value for name, value in specs_of.flat(member).items() if name != "seed"}
+        record = self.load(key)
+        if record is None:
+            return row
+        row["status"] = "stale" if record.stale else record.status
+        row |= metrics(record)
+        for measure in arm.measures_of(member):
+            measured = self.load(specs_of.key(measure))
+            value = (
+                measured.measures if measured is not None and measured.status == "done" and not measured.stale else {}
+            )
+            row |= measure_columns(measure, value)
+        return row
+
+
+def metrics(record: Record) -> dict[str, float | None]:
+    """A record's numbers as columns."""
+    row = dict(record.final.get("last", {}))
+    for name in ("best_test", "best_validation"):
+        row |= {f"{metric}@{name}": value for metric, value in record.final.get(name, {}).items()}
+    row |= {f"perturbation_{name}": value for name, value in record.perturbation.items()}
+    return row | record.measures | {"wall_seconds": record.wall_seconds}
+
+
+def measure_columns(measure: MeasureSpec, values: dict[str, float | None]) -> dict[str, float | None]:
+    """The values of a measure under the names of `MeasureSpec.column`: the measure itself, then its companions."""
+    head = measure.measure
+    columns = {measure.column: values.get(head, math.nan)}
+    columns |= {f"{measure.column}:{name}": value for name, value in values.items() if name != head}
+    return columns
+
+
+# ---------------------------------------------------------------------------------------------- reading and writing
+
+
+def parse(text: str, path: Path, key: str) -> Record:
+    """A record from its JSON text, checked against the key it is filed under."""
+    try:
+        data = json.loads(text)
+        version = data["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"record {path} is truncated or no record ({error}): move it away and run again") from error
+    if version != SCHEMA:
+        raise RecordError(
+            f"record {path} has schema = {version}, this samlib reads {SCHEMA}: move it away and run again"
+        )
+    try:
+        record = Record(**data)
+        actual = specs_of.key(specs_of.from_canonical(record.spec))
+    except (TypeError, InputError) as error:
+        raise RecordError(f"record {path} does not fit this samlib ({error}): move it away and run again") from error
+    if not actual == record.key == key:
+        raise RecordError(f"record {path} holds the spec of {actual}, not of {key}: move it away and run again")
+    if record.status not in STATUSES:
+        raise RecordError(
+            f"record {path} has status = {record.status!r}, not one of {', '.join(STATUSES)}: run it again"
+        )
+    return record
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written under a temporary name in the same folder, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def pending(specs: Iterable[Spec], store: Store, known: Sequence[Store] = ()) -> list[Spec]:
+    """The specs without a usable record in the store or in those known elsewhere."""
+    return [spec for spec in specs if not any(_has(place, specs_of.key(spec)) for place in (store, *known))]
+
+
+def _has(store: Store, key: str) -> bool:
+    record = store.load(key)
+    return record is not None and record.usable
+
+
+def _json_ready(value: Any) -> Any:
+    """Numbers to 7 digits; what is not finite becomes null, as JSON has no word for it."""
+    if isinstance(value, dict):
+        return {name: _json_ready(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
+
+
+def parent_spec(store: Store, measure: MeasureSpec) -> RunSpec:
+    """The run a measure belongs to, from that run's record.
+
+    Raises:
+        InputError: the store has no record of it.
+    """
+    record = store.load(measure.parent)
+    if record is None:
+        raise InputError(f"measure.parent = {measure.parent} has no record in {store.folder}: run it first")
+    parent = specs_of.from_canonical(record.spec)
+    if not isinstance(parent, RunSpec):
+        raise InputError(f"measure.parent = {measure.parent} is no training run: a measure is taken of a trained model")
+    return parent

@@ -1,0 +1,180 @@
+"""Records: atomic writes, round trips, frames, and a clear error for every file that cannot be used."""
+
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from samlib import spec as specs_of
+from samlib.errors import InputError
+from samlib.experiments import Arm, measure
+from samlib.spec import OptimSpec, RunSpec
+from samlib.store import NUMERICS, Record, RecordError, Store, open_store, parent_spec, pending, project_root
+
+SPEC = RunSpec(optim=OptimSpec("sam", rho=0.1))
+
+
+def record(spec=SPEC, status="done", **fields):
+    return Record(specs_of.key(spec), specs_of.canonical(spec), status, **fields)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "quick", writable=True)
+
+
+def test_round_trip(store):
+    saved = record(
+        history={"epoch": [1, 2], "test_loss": [0.5, math.nan]},
+        final={"last": {"test_loss": 0.123456789}},
+        measures={"lambda_max": math.inf},
+    )
+    store.save(saved)
+    found = store.load(saved.key)
+    assert found.history == {"epoch": [1, 2], "test_loss": [0.5, None]}
+    assert found.final["last"]["test_loss"] == pytest.approx(0.1234568, abs=1e-12)
+    assert found.measures == {"lambda_max": None}
+    assert found.spec == specs_of.canonical(SPEC)
+
+
+def test_an_absent_record_is_none(store):
+    assert store.load(specs_of.key(SPEC)) is None
+    assert store.recorded() == []
+
+
+def test_a_reader_never_sees_a_part_of_a_record(store, monkeypatch):
+    store.save(record(wall_seconds=1.0))
+
+    def fail(self, target):
+        raise OSError("power cut")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="power cut"):
+        store.save(record(wall_seconds=2.0))
+    assert store.load(specs_of.key(SPEC)).wall_seconds == 1.0
+    assert store.recorded() == [specs_of.key(SPEC)]  # the unfinished file does not count
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda text: text[: len(text) // 2], ["truncated"]),
+        (lambda text: "[]", ["truncated or no record"]),
+        (lambda text: text.replace('"schema":1', '"schema":99'), ["schema = 99"]),
+        (lambda text: text.replace('"rho":0.1', '"rho":0.2'), ["holds the spec of"]),
+        (lambda text: text.replace('"rho":0.1', '"rhoo":0.1'), ["does not fit", "rhoo"]),
+        (lambda text: text.replace('"status":"done"', '"status":"good"'), ["status = 'good'"]),
+        (lambda text: text.replace('"key":', '"extra":1,"key":'), ["does not fit", "extra"]),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_named_and_can_be_put_aside(store, spoil, words):
+    path = store.save(record())
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(RecordError) as error:
+        store.load(specs_of.key(SPEC))
+    for word in [str(path), "run", *words]:
+        assert word in str(error.value)
+    aside = store.put_aside(specs_of.key(SPEC))
+    assert aside.exists()
+    assert store.load(specs_of.key(SPEC)) is None
+
+
+def test_putting_aside_twice_keeps_both(store):
+    for _ in range(2):
+        store.save(record())
+        store.put_aside(specs_of.key(SPEC))
+    assert len(list((store.folder / "aside").iterdir())) == 2
+
+
+def test_pending_takes_failed_and_stale_records_as_absent(store, tmp_path):
+    specs = [RunSpec(seed=seed) for seed in range(5)]
+    store.save(record(specs[0]))
+    store.save(record(specs[1], "diverged"))
+    store.save(record(specs[2], "failed"))
+    store.save(record(specs[3], numerics=NUMERICS - 1))
+    assert pending(specs, store) == specs[2:]
+    elsewhere = Store(tmp_path / "known")
+    elsewhere.save(record(specs[4]))
+    assert pending(specs, store, [elsewhere]) == specs[2:4]
+
+
+def test_frame_shows_each_state_and_measures_beside_their_model(store):
+    arm = Arm("sam", "cell", SPEC, (0, 1, 2, 3), (measure("lambda_max"), measure("adversarial_sharpness", rho=0.1)))
+    members = arm.specs
+    final = {"last": {"epoch": 9, "test_loss": 0.5}, "best_validation": {"epoch": 4, "test_loss": 0.4}}
+    store.save(record(members[0], final=final, perturbation={"cosine": 1.0}))
+    store.save(record(arm.measures_of(members[0])[0], measures={"lambda_max": 7.0, "iterations": 12}))
+    store.save(record(members[1], "diverged"))
+    store.save(record(members[2], numerics=NUMERICS + 1))
+    frame = store.frame([arm]).set_index("seed")
+    assert list(frame["status"]) == ["done", "diverged", "stale", "missing"]
+    assert frame.loc[0, ["test_loss", "test_loss@best_validation", "epoch@best_validation"]].tolist() == [0.5, 0.4, 4]
+    assert frame.loc[0, "lambda_max"] == 7.0
+    assert frame.loc[0, "lambda_max:iterations"] == 12
+    assert math.isnan(frame.loc[0, "adversarial_sharpness@rho=0.1"])
+    assert frame.loc[0, "perturbation_cosine"] == 1.0
+    assert frame["optim.rho"].tolist() == [0.1] * 4
+    assert frame["cell"].unique().tolist() == ["cell"]
+
+
+def test_frames_of_nothing_have_their_columns(store):
+    assert {"cell", "role", "seed", "status"} <= set(store.frame([]).columns)
+    assert {"cell", "role", "seed", "epoch"} <= set(store.history([]).columns)
+
+
+def test_history_is_long(store):
+    arm = Arm("sam", "cell", SPEC, (0, 1, 2))
+    for member in arm.specs[:2]:
+        store.save(record(member, history={"epoch": [1, 2], "test_loss": [1.0, 0.5]}))
+    history = store.history([arm])
+    assert len(history) == 4
+    assert history["seed"].tolist() == [0, 0, 1, 1]
+
+
+def test_parent_of_a_measure(store):
+    found = Arm("sam", "cell", SPEC, (0,), (measure("lambda_max"),))
+    spec = found.measures_of(found.specs[0])[0]
+    with pytest.raises(InputError, match="has no record"):
+        parent_spec(store, spec)
+    store.save(record())
+    assert parent_spec(store, spec) == SPEC
+
+
+def test_committed_records_are_read_only():
+    with pytest.raises(InputError, match="read-only"):
+        open_store("quick", "results").check_writable()
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot be written.*name another folder"):
+        Store(tmp_path / "file" / "quick", writable=True).check_writable()
+
+
+@pytest.mark.parametrize("profile", ["fast", "", "Quick"])
+def test_unknown_profile(profile):
+    with pytest.raises(InputError, match="quick, gpu, paper"):
+        open_store(profile)
+
+
+def test_the_root_can_be_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMLIB_ROOT", str(tmp_path))
+    assert project_root() == tmp_path
+    assert open_store("quick", "runs").folder == tmp_path / "runs" / "quick"
+
+
+def test_files_are_readable_by_others(store):
+    mode = stat.S_IMODE(os.stat(store.save(record())).st_mode)
+    assert mode & stat.S_IRUSR
+    assert json.loads(store.record_path(specs_of.key(SPEC)).read_text())["key"] == specs_of.key(SPEC)
+
+
+def test_reading_records_needs_no_torch():
+    modules = "samlib.store, samlib.stats, samlib.claims, samlib.plots, samlib.published, samlib.study, samlib.sweep"
+    code = f"import sys, {modules}, samlib.export, samlib.compare; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
