@@ -28,8 +28,10 @@ PROFILES = ("quick", "gpu", "paper")
 class Arm:
     """One method in one setting, over seeds.
 
-    `base` is the spec of which every member is a copy with its own seed. `measures` are templates: each is taken of
-    every member, with the member's key as its parent.
+    `base` is the spec of which every member is a copy with its own seed and `epochs_factor` times the epochs (a factor
+    and not a number, so that a reader's variation of the epochs keeps 'twice' and 'half' true). `measures` are
+    templates: each is taken of every member, with the member's key as its parent. A `tuning` arm is one on which
+    settings were chosen: it decides no claim, and a reader's variation leaves it as it is.
     """
 
     role: str
@@ -37,10 +39,16 @@ class Arm:
     base: RunSpec | CheckSpec
     seeds: tuple[int, ...]
     measures: tuple[MeasureSpec, ...] = ()
+    epochs_factor: float = 1.0
+    tuning: bool = False
 
     @property
     def specs(self) -> tuple[RunSpec | CheckSpec, ...]:
-        return tuple(dataclasses.replace(self.base, seed=seed) for seed in self.seeds)
+        base = self.base
+        if isinstance(base, RunSpec) and self.epochs_factor != 1.0:
+            epochs = max(1, int(base.train.epochs * self.epochs_factor))
+            base = dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=epochs))
+        return tuple(dataclasses.replace(base, seed=seed) for seed in self.seeds)
 
     def measures_of(self, member: RunSpec | CheckSpec) -> tuple[MeasureSpec, ...]:
         parent = specs_of.key(member)
@@ -48,6 +56,8 @@ class Arm:
 
     def varied(self, seeds: tuple[int, ...] | None, overrides: Mapping[str, Any]) -> "Arm":
         """A reader's own variation: other seeds, other fields. Same role and cell, other keys."""
+        if self.tuning:
+            return self
         base = specs_of.override(self.base, overrides) if isinstance(self.base, RunSpec) else self.base
         return dataclasses.replace(self, base=base, seeds=self.seeds if seeds is None else seeds)
 
@@ -104,7 +114,7 @@ def all_specs(profile: str, stems: Sequence[str] = STEMS) -> list[Spec]:
 
 
 def decides(claim: str, profile: str) -> tuple[str | None, tuple[str, ...]]:
-    """The experiment that decides a claim and the cells bound to it on a profile; (None, ()) where there is none yet."""
+    """The experiment that decides a claim and the cells bound to it on a profile; (None, ()) where none does yet."""
     for stem in STEMS:
         bound = load(stem).DECIDES
         if claim in bound:

@@ -63,8 +63,8 @@ def comparison(cell: str) -> tuple[Arm, ...]:
     return (
         Arm("sgd", cell, sgd, SEEDS, MEASURES),
         Arm("sam", cell, sam, SEEDS, MEASURES),
-        Arm("sgd_double", cell, _epochs(sgd, 2), SEEDS),
-        Arm("sam_half", cell, _epochs(sam, 0.5), SEEDS),
+        Arm("sgd_double", cell, sgd, SEEDS, epochs_factor=2.0),
+        Arm("sam_half", cell, sam, SEEDS, epochs_factor=0.5),
     )
 
 
@@ -73,10 +73,11 @@ def tuning() -> tuple[Arm, ...]:
     found = []
     for cell in TUNED_CELLS:
         base, lr = CELLS[cell], CHOSEN[cell][0]
-        found += [Arm(f"sgd lr={value:g}", f"tuning {cell}", _with(base, lr=value), DEV_SEEDS) for value in LR_GRID]
+        settings = {f"sgd lr={value:g}": {"lr": value} for value in LR_GRID}
+        settings |= {f"sam rho={value:g}": {"method": "sam", "rho": value, "lr": lr} for value in RHO_GRID}
         found += [
-            Arm(f"sam rho={value:g}", f"tuning {cell}", _with(base, method="sam", rho=value, lr=lr), DEV_SEEDS)
-            for value in RHO_GRID
+            Arm(role, f"tuning {cell}", _with(base, **optim), DEV_SEEDS, tuning=True)
+            for role, optim in settings.items()
         ]
     return tuple(found)
 
@@ -101,7 +102,3 @@ def worst_accuracy(rows: Iterable[Mapping[str, object]], field: str) -> dict[flo
 
 def _with(spec: RunSpec, **optim: object) -> RunSpec:
     return dataclasses.replace(spec, optim=dataclasses.replace(OptimSpec(), **optim))
-
-
-def _epochs(spec: RunSpec, factor: float) -> RunSpec:
-    return dataclasses.replace(spec, train=dataclasses.replace(spec.train, epochs=int(spec.train.epochs * factor)))

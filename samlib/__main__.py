@@ -1,0 +1,206 @@
+"""The command line: python -m samlib list | run | show | verify | verdicts | compare | export.
+
+Exit codes: 0 fine, 1 a run or a comparison failed, 2 bad input (nothing was written), 3 a verdict flipped,
+130 interrupted (the same command goes on).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from samlib import experiments
+from samlib import spec as specs_of
+from samlib.errors import InputError
+from samlib.spec import Spec
+from samlib.store import Record, Store, open_store, pending
+
+INPUT_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except InputError as error:
+        print(f"samlib: {error}", file=sys.stderr)
+        return INPUT_ERROR
+    except KeyboardInterrupt:
+        print("\nsamlib: interrupted. What is finished is kept; the same command goes on.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        sys.stderr.close()
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m samlib", description="Runs the study and reads its records.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, help: str, store: str | None = None) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=help, description=help)
+        found.set_defaults(command=function)
+        found.add_argument("--profile", default="quick", help=f"one of {', '.join(experiments.PROFILES)}")
+        if store:
+            found.add_argument("--store", default=store, help="results, runs, or a folder of your own")
+        return found
+
+    command("list", list_experiments, "List the experiments with their runs and claims.", "results")
+    run = command("run", run_pending, "Run what is pending.", "runs")
+    run.add_argument("--experiment", action="append", metavar="STEM", help="only this experiment (may be repeated)")
+    run.add_argument("--only", nargs="+", metavar="KEY", default=[], help="only these keys")
+    run.add_argument("--workers", type=int, help="worker processes (default: one per core, one on a GPU)")
+    run.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    command("show", show, "Print one record.", "results").add_argument("key", metavar="KEY")
+    verify = command("verify", verify_record, "Run one record again and compare.", "results")
+    verify.add_argument("key", metavar="KEY")
+    verify.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    verdicts = command("verdicts", print_verdicts, "Decide the claims.", "results")
+    verdicts.add_argument("--claim", help="only this claim")
+    verdicts.add_argument("--json", action="store_true", help="as JSON, with every statistic")
+    command("compare", compare_stores, "Compare fresh records (runs) with the committed ones (results).", "runs")
+    export = command("export", export_tables, "Write the records as CSV with a data dictionary.", "results")
+    export.add_argument("folder", type=Path, metavar="FOLDER")
+    return top
+
+
+# ---------------------------------------------------------------------------------------------- the commands
+
+
+def list_experiments(options: argparse.Namespace) -> int:
+    store = open_store(options.profile, options.store)
+    for stem in experiments.STEMS:
+        specs = experiments.all_specs(options.profile, [stem])
+        left = len(pending(specs, store))
+        print(f"{stem}: {experiments.load(stem).TITLE}")
+        print(f"  {len(specs)} runs on {options.profile}, {left} of them pending in {options.store}")
+        print(f"  decides {', '.join(experiments.load(stem).DECIDES)}")
+    return 0
+
+
+def run_pending(options: argparse.Namespace) -> int:
+    from samlib import sweep
+
+    store = open_store(options.profile, options.store)
+    require_device(experiments.check_profile(options.profile), options.device)
+    specs = chosen_specs(options.profile, options.experiment, options.only)
+    summary = sweep.run_all(specs, store, workers=options.workers, device=options.device)
+    total = summary.done + summary.diverged + len(summary.failed)
+    print(
+        f"{total} runs in {summary.seconds:.0f} s ({summary.done} done, {summary.diverged} diverged, "
+        f"{len(summary.failed)} failed); {len(specs) - total} were there already. Records: {store.folder / 'records'}"
+    )
+    for key in summary.failed:
+        record = store.load(key)
+        print(f"  failed {key}: {(record.error or '').splitlines()[0] if record else ''}", file=sys.stderr)
+    return 1 if summary.failed else 0
+
+
+def show(options: argparse.Namespace) -> int:
+    print(json.dumps(asdict(require_record(options)), indent=2))
+    return 0
+
+
+def verify_record(options: argparse.Namespace) -> int:
+    from samlib import verify
+
+    report = verify.verify(require_record(options), open_store(options.profile, options.store), options.device)
+    print(report)
+    return 0 if report.agrees else 1
+
+
+def print_verdicts(options: argparse.Namespace) -> int:
+    from samlib import claims
+
+    store = open_store(options.profile, options.store)
+    found = (
+        [claims.verdict(options.claim, options.profile, store)]
+        if options.claim
+        else claims.verdicts(options.profile, store)
+    )
+    if options.json:
+        print(json.dumps([asdict(verdict) for verdict in found], indent=2))
+    else:
+        print(verdict_table(found))
+    return 0
+
+
+def compare_stores(options: argparse.Namespace) -> int:
+    from samlib import claims
+    from samlib.compare import compare
+
+    fresh = open_store(options.profile, options.store)
+    found = compare(options.profile, open_store(options.profile, "results"), fresh)
+    print(verdict_table(claims.verdicts(options.profile, fresh)))
+    print(found.report())
+    return found.exit_code
+
+
+def export_tables(options: argparse.Namespace) -> int:
+    from samlib import export
+
+    for path in export.export(options.profile, open_store(options.profile, options.store), options.folder):
+        print(path)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------- what they share
+
+
+def chosen_specs(profile: str, stems: Sequence[str] | None, keys: Sequence[str]) -> list[Spec]:
+    """The specs of a profile, of some experiments, or with some keys (a measure brings along its run)."""
+    specs = experiments.all_specs(profile, stems or experiments.STEMS)
+    if not specs:
+        raise InputError(f"profile = {profile!r} has no runs yet: use --profile quick")
+    if not keys:
+        return specs
+    by_key = {specs_of.key(spec): spec for spec in specs}
+    for key in keys:
+        if key not in by_key:
+            raise InputError(f"key = {key!r} is no run of profile {profile}: see `python -m samlib list`")
+    parents = [spec.parent for key in keys if isinstance(spec := by_key[key], specs_of.MeasureSpec)]
+    return [by_key[key] for key in dict.fromkeys([*parents, *keys])]
+
+
+def require_device(profile: str, device: str | None) -> None:
+    """The gpu and paper profiles train on CIFAR for hours: without a GPU that is a mistake unless asked for by name."""
+    if profile == "quick" or device is not None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"profile = {profile!r} needs a GPU and PyTorch sees none here: run it on a machine with one, "
+            "use --profile quick, or insist with --device cpu"
+        )
+
+
+def require_record(options: argparse.Namespace) -> Record:
+    store: Store = open_store(options.profile, options.store)
+    record = store.load(options.key) if specs_of.is_key(options.key) else None
+    if record is None:
+        raise InputError(
+            f"key = {options.key!r} has no record in {store.folder}: a key is 16 hex digits; "
+            "`python -m samlib export` writes a table of all of them"
+        )
+    return record
+
+
+def verdict_table(verdicts: Sequence) -> str:
+    """Claims that were decided, one per line, and a count of those not run."""
+    decided = [verdict for verdict in verdicts if verdict.outcome != "not run"]
+    width = max((len(verdict.claim) for verdict in verdicts), default=0)
+    lines = [
+        f"{verdict.claim:<{width}}  {verdict.outcome}{' (miniature)' if verdict.miniature else ''}"
+        for verdict in decided
+    ]
+    left = len(verdicts) - len(decided)
+    if len(verdicts) == 1 and left:
+        return f"{verdicts[0].claim}  not run: {verdicts[0].reason}"
+    return "\n".join([*lines, f"{left} further claims: not run on this profile"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

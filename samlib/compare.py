@@ -1,0 +1,127 @@
+"""Fresh records against the committed ones: every setting's mean within its tolerance, and verdict for verdict.
+
+Training is not bit-stable across processors: after a few hundred steps two instruction sets differ by about as much as
+two seeds of that run. So means are compared, not runs, and a mean may move by three of its standard errors (over the
+committed seeds) plus a floor for the rounding of a small test set.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from samlib import claims, experiments
+from samlib.experiments import Arm
+from samlib.store import Store
+
+STANDARD_ERRORS = 3.0
+FLOORS = {"test_accuracy_pct": 0.5, "test_loss": 0.02, "train_loss": 0.02, "lambda_max": 0.05}
+CHECK_FLOOR = 1e-6  # of the values of exact checks
+OK, FAILURE, FLIP = 0, 1, 3  # exit codes
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One metric of one arm in both stores. `tolerance` is NaN where there is nothing to compare with."""
+
+    stem: str
+    cell: str
+    role: str
+    metric: str
+    n: int
+    committed: float
+    fresh: float
+    tolerance: float
+    decisive: bool = True
+
+    @property
+    def agrees(self) -> bool:
+        return abs(self.fresh - self.committed) <= self.tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stem} / {self.cell} / {self.role}: {self.metric} {self.committed:.6g} committed, {self.fresh:.6g} "
+            f"now (difference {self.fresh - self.committed:+.3g}, tolerance {self.tolerance:.3g}, n = {self.n})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Every setting, and the claims whose verdict is no longer the committed one."""
+
+    settings: tuple[Setting, ...]
+    flips: tuple[tuple[str, str, str], ...]  # claim, committed outcome, outcome now
+
+    @property
+    def deviations(self) -> tuple[Setting, ...]:
+        return tuple(setting for setting in self.settings if setting.decisive and not setting.agrees)
+
+    @property
+    def exit_code(self) -> int:
+        return FLIP if self.flips else FAILURE if self.deviations else OK
+
+    def report(self) -> str:
+        agreeing = sum(setting.agrees for setting in self.settings)
+        lines = [f"{agreeing} of {len(self.settings)} means agree with the committed records."]
+        lines += [
+            f"  {'OUTSIDE' if s.decisive else 'outside (tuning, decides nothing)'} {s}"
+            for s in self.settings
+            if not s.agrees
+        ]
+        lines += [
+            f"  FLIPPED {claim}: {before} in the committed records, {now} now" for claim, before, now in self.flips
+        ]
+        lines += [] if self.flips else ["Every verdict is the committed one."]
+        return "\n".join(lines)
+
+
+def compare(profile: str, committed: Store, fresh: Store) -> Comparison:
+    """Compares every setting and verdict of a profile."""
+    settings = [
+        setting
+        for stem in experiments.STEMS
+        for arm in experiments.arms(stem, profile)
+        for setting in compare_arm(stem, arm, committed, fresh)
+    ]
+    before, now = ({v.claim: v.outcome for v in claims.verdicts(profile, store)} for store in (committed, fresh))
+    decided = [claim for claim, outcome in before.items() if outcome != "not run"]
+    flips = tuple((claim, before[claim], now[claim]) for claim in decided if before[claim] != now[claim])
+    return Comparison(tuple(settings), flips)
+
+
+def compare_arm(stem: str, arm: Arm, committed: Store, fresh: Store) -> Iterator[Setting]:
+    """Each compared metric of one arm. Seeds without a finished record on one side make the comparison fail."""
+    before, now = committed.frame([arm]), fresh.frame([arm])
+    for metric in compared_metrics(before):
+        old = before[metric]
+        new = now[metric] if metric in now else pd.Series(dtype=float)
+        tolerance = STANDARD_ERRORS * _standard_error(old) + FLOORS.get(metric.split("@")[0], CHECK_FLOOR)
+        same_seeds = list(before["status"]) == list(now["status"])
+        fresh_mean = float(new.mean()) if same_seeds else math.nan
+        yield Setting(
+            stem,
+            arm.cell,
+            arm.role,
+            metric,
+            int(old.notna().sum()),
+            float(old.mean()),
+            fresh_mean,
+            tolerance,
+            not arm.tuning,
+        )
+
+
+def compared_metrics(frame: pd.DataFrame) -> Sequence[str]:
+    """Test accuracy, losses and measures of a training run; all values of a check."""
+    if "test_accuracy_pct" in frame:
+        return [
+            name for name in ("test_accuracy_pct", "test_loss", "lambda_max", "adversarial_sharpness") if name in frame
+        ]
+    fixed = ("cell", "role", "seed", "key", "status", "check", "wall_seconds")
+    return [name for name in frame if name not in fixed and pd.api.types.is_numeric_dtype(frame[name])]
+
+
+def _standard_error(values: pd.Series) -> float:
+    found = values.dropna()
+    return float(found.std(ddof=1) / math.sqrt(len(found))) if len(found) > 1 else 0.0

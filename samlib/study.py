@@ -1,0 +1,75 @@
+"""What a page of the book holds in its hands: the arms of one experiment, their records, and the verdicts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from samlib import experiments, store, sweep
+from samlib.claims import Verdict, judge
+from samlib.experiments import Arm
+from samlib.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One experiment on one profile, read from one store.
+
+    `varied` says that a reader changed seeds or fields: such a study has keys of its own, and its verdicts say so.
+    """
+
+    stem: str
+    profile: str
+    store: Store
+    arms: tuple[Arm, ...]
+    varied: bool
+
+    def pick(self, cells: Sequence[str] | None = None, roles: Sequence[str] | None = None) -> tuple[Arm, ...]:
+        """The arms of some cells and roles."""
+        return tuple(
+            arm for arm in self.arms if (cells is None or arm.cell in cells) and (roles is None or arm.role in roles)
+        )
+
+    def frame(self, cells: Sequence[str] | None = None, roles: Sequence[str] | None = None) -> pd.DataFrame:
+        """One row per run; see `Store.frame`."""
+        return self.store.frame(self.pick(cells, roles))
+
+    def history(self, cells: Sequence[str] | None = None, roles: Sequence[str] | None = None) -> pd.DataFrame:
+        """One row per evaluated epoch; see `Store.history`."""
+        return self.store.history(self.pick(cells, roles))
+
+    def verdict(self, claim: str) -> Verdict:
+        """The verdict on a claim from these records."""
+        return judge(claim, self.profile, self.store, self.arms, varied=self.varied)
+
+    def settings(self) -> pd.DataFrame:
+        """What was run, one row per arm: the fields in which arms differ, and how many seeds have a finished record."""
+        frame = self.frame()
+        fields = [name for name in frame.columns if "." in name and frame[name].nunique(dropna=False) > 1]
+        rows = frame.groupby(["cell", "role"], sort=False)
+        table = rows[fields].first()
+        table["seeds"] = rows["seed"].nunique()
+        table["finished"] = rows["status"].agg(lambda statuses: (statuses == "done").sum())
+        return table
+
+
+def open_study(
+    stem: str,
+    profile: str = "quick",
+    store_name: str | Path = "results",
+    seeds: int | Sequence[int] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Study:
+    """The study of one experiment. With the store 'results' it only reads; with 'runs', or a folder of your own, it
+    first trains what is absent.
+
+    Raises:
+        InputError: unknown experiment, profile, store, seed or field; nothing has run by then.
+    """
+    arms = experiments.arms(stem, profile, seeds, overrides)
+    opened = store.open_store(profile, store_name)
+    if opened.writable:
+        sweep.run_all(experiments.specs(arms), opened)
+    return Study(stem, profile, opened, arms, varied=seeds is not None or bool(overrides))

@@ -1,0 +1,441 @@
+"""`run(spec) -> Record`: the only training loop of the study, and the one step that needs a device."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from samlib import batchnorm, checks, data, models, optim, provenance
+from samlib import spec as specs_of
+from samlib.errors import InputError
+from samlib.measures import WeightLoss, hessian, precision, sharpness
+from samlib.spec import CheckSpec, MeasureSpec, OptimSpec, RunSpec, Spec
+from samlib.store import Record, Store, parent_spec
+
+CHECKPOINT_SECONDS = 60.0
+SPLITS = ("train", "validation", "test")
+
+# ---------------------------------------------------------------------------------------------- one run
+
+
+def run(spec: Spec, store: Store, device: str | None = None) -> Record:
+    """Turns a spec into its record and saves it. A run that was cut goes on from its checkpoint.
+
+    Args:
+        spec: a training run, a measure of one (its parent's record must be in the store; its weights are trained again
+            if they are gone), or an exact check.
+        store: where the record, the weights and the checkpoint go.
+        device: 'cpu', 'cuda', or None for a GPU where there is one. Checks always run on the CPU.
+
+    Raises:
+        InputError: the spec asks for something this machine does not have.
+    """
+    chosen = choose_device(device)
+    match spec:
+        case RunSpec():
+            record = train(spec, store, chosen)
+        case MeasureSpec():
+            record = measure(spec, store, chosen)
+        case CheckSpec():
+            record = check(spec)
+    store.save(record)
+    store.checkpoint_path(record.key).unlink(missing_ok=True)
+    return record
+
+
+def train(spec: RunSpec, store: Store, device: torch.device) -> Record:
+    """Trains a model, keeps its weights, and returns its record."""
+    checkpoint = store.checkpoint_path(specs_of.key(spec))
+    with torch.random.fork_rng():  # dropout draws from the global generator
+        training = Training.start(spec, device)
+        training.resume(checkpoint)
+        training.go_on(partial(training.save, checkpoint))
+    if training.status == "done":
+        save_tensors(store.weights_path(specs_of.key(spec)), training.model.state_dict())
+    return training.record()
+
+
+def measure(spec: MeasureSpec, store: Store, device: torch.device) -> Record:
+    """One measure of one trained model."""
+    parent = parent_spec(store, spec)
+    started = time.perf_counter()
+    splits = data.load(parent.data, parent.seed, device)
+    model = trained_model(parent, store, splits, device)
+    images = getattr(splits, spec.split)
+    loss = WeightLoss(model, images.inputs, images.labels, train_mode=spec.mode == "train")
+    if spec.measure == "lambda_max":
+        values = hessian.lambda_max(loss)
+    else:
+        found = sharpness.adversarial(loss, spec.rho, steps=spec.steps, shard_size=spec.shard_size)
+        values = {"adversarial_sharpness": found.pop("sharpness"), **found}
+    status = "done" if all(math.isfinite(value) for value in values.values()) else "diverged"
+    return _record(spec, status, started, measures=values, data_digest=splits.digest, device=device)
+
+
+def check(spec: CheckSpec) -> Record:
+    """One exact check, in float64 on the CPU."""
+    started = time.perf_counter()
+    values = checks.run(spec.check, dict(spec.settings), spec.seed)
+    return _record(spec, "done", started, measures=values, device=torch.device("cpu"))
+
+
+def trained_model(spec: RunSpec, store: Store, splits: data.Splits, device: torch.device) -> nn.Module:
+    """The model a run ended with; trained again where its weights are gone (its record stays as it is)."""
+    path = store.weights_path(specs_of.key(spec))
+    if not path.exists():
+        train(spec, store, device)
+    if not path.exists():
+        raise InputError(f"measure.parent = {specs_of.key(spec)} diverged, so there is no model to measure")
+    model = build_model(spec, splits, device)
+    model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- the training loop
+
+
+@dataclass
+class Training:
+    """Everything that changes while a model trains; saved and resumed as a whole."""
+
+    spec: RunSpec
+    device: torch.device
+    splits: data.Splits
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    order: torch.Generator
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    status: str = "running"
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, spec: RunSpec, device: torch.device) -> "Training":
+        splits = data.load(spec.data, spec.seed, device)
+        model = build_model(spec, splits, device)
+        torch.manual_seed(data.generator(spec.seed, "dropout").initial_seed())
+        optimizer = build_optimizer(spec.optim, model, spec.seed)
+        training = cls(spec, device, splits, model, optimizer, data.generator(spec.seed, "order"))
+        if training.steps_per_epoch == 0:
+            raise InputError(
+                f"train.batch_size = {spec.train.batch_size} is larger than the {len(splits.train)} training images: "
+                "use fewer, or train.drop_last = False"
+            )
+        return training
+
+    @property
+    def steps_per_epoch(self) -> int:
+        size, batch = len(self.splits.train), self.spec.train.batch_size
+        return size // batch if self.spec.train.drop_last else math.ceil(size / batch)
+
+    def go_on(self, save: Callable[[], None]) -> None:
+        """Trains to the end, calling `save` about once a minute between two epochs."""
+        saved = time.perf_counter()
+        while self.status == "running":
+            started = time.perf_counter()
+            self.one_epoch()
+            self.seconds += time.perf_counter() - started
+            if self.status == "running" and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                save()
+                saved = time.perf_counter()
+
+    def one_epoch(self) -> None:
+        self.model.train()
+        train, settings = self.splits.train, self.spec.train
+        losses = []
+        for indices in data.batches(len(train), settings.batch_size, settings.drop_last, self.order):
+            chosen = indices.to(self.device)
+            losses.append(self.one_step(train.inputs[chosen], train.labels[chosen]))
+        self.epoch += 1
+        self.log(torch.stack(losses).mean().item())
+
+    def one_step(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """One step of any method, and the loss that is logged."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.spec.optim, self.step, self.spec.train.epochs * self.steps_per_epoch)
+        self.step += 1
+        shards = Shards(self.spec, self.model, self.optimizer, inputs, labels)
+        if isinstance(self.optimizer, optim.SAM):
+            loss = self.optimizer.step(
+                shards.closures, weights=shards.weights, replay_rng=self.spec.train.replay_dropout
+            )
+        else:
+            loss = self.optimizer.step(shards.closures[0])
+        return shards.perturbed_loss() if self.spec.train.logged_loss == "w+eps" else loss.detach()
+
+    def log(self, running_loss: float) -> None:
+        """Evaluates where an evaluation is due, and ends a training that is over or has diverged."""
+        last = self.epoch == self.spec.train.epochs
+        if not math.isfinite(running_loss):
+            self.status = "diverged"
+        elif last:
+            self.status = "done"
+        if self.status == "running" and self.epoch % self.spec.train.eval_every:
+            return
+        row = {"epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        row["running_loss"] = running_loss
+        for name in SPLITS:
+            row |= evaluate(self.model, getattr(self.splits, name), name)
+        if not all(math.isfinite(row[f"{name}_loss"]) for name in ("train", "test")):
+            self.status = "diverged"
+        self.history.append(row)
+
+    def record(self) -> Record:
+        images = self.step * self.spec.train.batch_size
+        return _record(
+            self.spec,
+            self.status,
+            time.perf_counter() - self.seconds,
+            history=columns(self.history),
+            final=selected(self.history),
+            perturbation=self.effective_perturbation(),
+            data_digest=self.splits.digest,
+            images_per_second=images / self.seconds,
+            device=self.device,
+        )
+
+    def effective_perturbation(self) -> dict[str, float]:
+        """How much of the last point's perturbation acts at the run's precision, on the first mini-batch in order."""
+        if self.status != "done" or self.spec.optim.method not in ("sam", "asam"):
+            return {}
+        self.model.train()
+        size = self.spec.train.batch_size
+        shards = Shards(self.spec, self.model, self.optimizer, *(t[:size] for t in _tensors(self.splits.train)))
+        with batchnorm.second_pass(self.model, "frozen"):
+            shards.closures[0]()
+        weights = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+        found = precision.effective_perturbation(weights, self.optimizer.perturbation(), self.spec.train.precision)
+        self.optimizer.zero_grad()
+        return found
+
+    def save(self, path: Path) -> None:
+        fields = {name: getattr(self, name) for name in ("epoch", "step", "seconds", "history")}
+        save_tensors(
+            path,
+            fields
+            | {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "order": self.order.get_state(),
+                "random": torch.get_rng_state(),
+                "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+        )
+
+    def resume(self, path: Path) -> None:
+        """Goes back to a checkpoint if there is one; a later run is then the same as one that was never cut."""
+        if not path.exists():
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.order.set_state(state["order"])
+        torch.set_rng_state(state["random"])
+        if state["cuda_random"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random"], self.device)
+        for name in ("epoch", "step", "seconds", "history"):
+            setattr(self, name, state[name])
+
+
+# ---------------------------------------------------------------------------------------------- the closures of a step
+
+
+class Shards:
+    """The closures of one step: one per shard of the mini-batch, each called first at w and then at w + eps."""
+
+    def __init__(
+        self, spec: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor
+    ) -> None:
+        self.spec, self.model, self.optimizer = spec, model, optimizer
+        self.inputs, self.labels = inputs, labels
+        self.parts = self._split(len(labels))
+        self.closures = [partial(self.loss_and_gradient, part) for part in self.parts]
+        sizes = [part.stop - part.start for part in self.parts]
+        self.weights = None if len(set(sizes)) == 1 else [size / len(labels) for size in sizes]
+        self._perturbed: list[Tensor] = []
+
+    def loss_and_gradient(self, part: slice) -> Tensor:
+        """What every optimiser of samlib calls: clears the gradients, computes the loss, calls backward."""
+        self.optimizer.zero_grad()
+        perturbed = getattr(self.optimizer, "at_perturbed_point", False)
+        with self._batch_norm(perturbed), autocast(self.spec.train.precision, self.inputs.device):
+            loss = self._loss(part)
+        loss.backward()
+        if self.spec.optim.clip == "both" and not perturbed:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optim.clip_norm)
+        if perturbed:
+            self._perturbed.append(loss.detach())
+        return loss
+
+    def perturbed_loss(self) -> Tensor:
+        """The mean over shards of the loss at w + eps, in the step just made."""
+        weights = self.weights or [1 / len(self.parts)] * len(self.parts)
+        return torch.stack([weight * loss for weight, loss in zip(weights, self._perturbed, strict=True)]).sum()
+
+    def _split(self, size: int) -> list[slice]:
+        wanted = self.spec.optim.shard_size
+        if wanted is None:
+            count = min(self.spec.optim.num_shards, size)  # the last batch of an epoch may be smaller
+            edges = [round(index * size / count) for index in range(count + 1)]
+        else:
+            edges = [*range(0, size, wanted), size]
+        return [slice(start, stop) for start, stop in pairwise(edges)]
+
+    def _loss(self, part: slice) -> Tensor:
+        if self.spec.optim.shard_batchnorm == "batch":  # statistics of the whole mini-batch, loss of the shard
+            logits = self.model(self.inputs)[part]
+        else:
+            logits = self.model(self.inputs[part])
+        loss = functional.cross_entropy(
+            logits.float(), self.labels[part], label_smoothing=torch_smoothing(self.spec, logits.shape[1])
+        )
+        if self.spec.optim.weight_decay_in == "loss":
+            squares = torch.stack([p.square().sum() for p in self.model.parameters()]).sum()
+            loss = loss + 0.5 * self.spec.optim.weight_decay * squares
+        return loss
+
+    def _batch_norm(self, perturbed: bool) -> AbstractContextManager:
+        return batchnorm.second_pass(self.model, self.spec.optim.second_pass_batchnorm) if perturbed else nullcontext()
+
+
+def torch_smoothing(spec: RunSpec, num_classes: int) -> float:
+    """PyTorch spreads epsilon over all K classes; spread over the K-1 wrong ones it is K/(K-1) times as much."""
+    epsilon = spec.train.label_smoothing
+    return epsilon if spec.train.smoothing_convention == "K" else epsilon * num_classes / (num_classes - 1)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------- building blocks
+
+
+def build_model(spec: RunSpec, splits: data.Splits, device: torch.device) -> nn.Module:
+    channels = splits.train.inputs.shape[1]
+    return models.build(spec.model, channels, splits.num_classes, data.generator(spec.seed, "init")).to(device)
+
+
+def build_optimizer(spec: OptimSpec, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+    """The optimiser of a spec, with its base optimiser, weight decay, clipping and filters."""
+    base = partial(
+        ClippedSGD if spec.clip != "none" else torch.optim.SGD,
+        lr=spec.lr,
+        momentum=spec.momentum,
+        nesterov=spec.nesterov,
+        weight_decay=spec.weight_decay if spec.weight_decay_in == "update" else 0.0,
+        **({"clip_norm": spec.clip_norm} if spec.clip != "none" else {}),
+    )
+    parameters = list(model.parameters())
+    perturb_filter = _with_axes if spec.perturbed == "weights" else None
+    if spec.method == "sgd":
+        return base(parameters)
+    if spec.method == "average_sam":
+        return optim.AverageSAM(parameters, base, spec.rho, seed=seed, perturb_filter=perturb_filter)
+    scale_filter = _with_axes if spec.scaled == "weights" else None
+    settings: dict[str, Any] = {"p": spec.p, "perturb_filter": perturb_filter, "scale_filter": scale_filter}
+    if spec.method == "asam":
+        return optim.ASAM(parameters, base, spec.rho, eta=spec.eta, **settings)
+    return optim.SAM(parameters, base, spec.rho, **settings)
+
+
+class ClippedSGD(torch.optim.SGD):
+    """SGD that first scales the gradient it is given to norm `clip_norm` if it is longer (under SAM: the gradient at
+    w + eps, averaged over shards)."""
+
+    def __init__(self, params: Iterable[Tensor], clip_norm: float, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self.clip_norm = clip_norm
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None if closure is None else closure()
+        nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], self.clip_norm)
+        super().step()
+        return loss
+
+
+def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
+    """The learning rate of a step: constant, or from lr down to 0 along half a cosine."""
+    return spec.lr if spec.schedule == "constant" else 0.5 * spec.lr * (1 + math.cos(math.pi * step / steps))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """
+    Raises:
+        InputError: a GPU was asked for by name and there is none.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"device = {name!r} is unknown: use cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device = 'cuda': PyTorch sees no GPU here. Use --device cpu, or a machine with a GPU")
+    return torch.device(name)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: data.Split, name: str, batch_size: int = 1024) -> dict[str, float]:
+    """Mean cross entropy and accuracy in percent, in eval mode; NaN for an empty split."""
+    if not len(split):
+        return {f"{name}_loss": math.nan, f"{name}_accuracy_pct": math.nan}
+    model.eval()
+    loss, correct = torch.zeros((), device=split.inputs.device), torch.zeros((), device=split.inputs.device)
+    for inputs, labels in zip(split.inputs.split(batch_size), split.labels.split(batch_size), strict=True):
+        logits = model(inputs)
+        loss += functional.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    size = len(split)
+    return {f"{name}_loss": loss.item() / size, f"{name}_accuracy_pct": 100 * correct.item() / size}
+
+
+def selected(history: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The rows of the last, the best-test and the best-validation epoch (the first one, where several are equal)."""
+    if not history:
+        return {}
+    rows = {"last": history[-1], "best_test": max(history, key=lambda row: row["test_accuracy_pct"])}
+    if not math.isnan(history[-1]["validation_accuracy_pct"]):
+        rows["best_validation"] = max(history, key=lambda row: row["validation_accuracy_pct"])
+    return {name: dict(row) for name, row in rows.items()}
+
+
+def columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Written under a temporary name, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{time.monotonic_ns()}")
+    torch.save(content, temporary)
+    temporary.replace(path)
+
+
+def _record(spec: Spec, status: str, started: float, *, device: torch.device, **content: Any) -> Record:
+    return Record(
+        key=specs_of.key(spec),
+        spec=specs_of.canonical(spec),
+        status=status,
+        environment=provenance.environment(device.type),
+        wall_seconds=time.perf_counter() - started,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        **content,
+    )
+
+
+def _tensors(split: data.Split) -> tuple[Tensor, Tensor]:
+    return split.inputs, split.labels
+
+
+def _with_axes(tensor: Tensor) -> bool:
+    return tensor.ndim > 1

@@ -1,0 +1,114 @@
+"""Declarations: every claim of an experiment is bound, every arm is well formed, and choices follow their rule."""
+
+import pandas as pd
+import pytest
+
+from samlib import experiments, published
+from samlib import spec as specs_of
+from samlib.errors import InputError
+from samlib.experiments import Arm, measure, sam_vs_sgd
+from samlib.spec import MeasureSpec, RunSpec
+from samlib.store import open_store
+
+EVERY_PROFILE = [(stem, profile) for stem in experiments.STEMS for profile in experiments.PROFILES]
+
+
+@pytest.mark.parametrize("stem", experiments.STEMS)
+def test_an_experiment_decides_exactly_the_claims_that_name_it(stem):
+    named = {claim.id for claim in published.claims().values() if claim.experiment == stem}
+    assert set(experiments.load(stem).DECIDES) == named
+
+
+@pytest.mark.parametrize(("stem", "profile"), EVERY_PROFILE)
+def test_bound_cells_exist(stem, profile):
+    cells = {arm.cell for arm in experiments.arms(stem, profile) if not arm.tuning}
+    for claim in experiments.load(stem).DECIDES:
+        assert set(experiments.decides(claim, profile)[1]) <= cells
+
+
+@pytest.mark.parametrize(("stem", "profile"), EVERY_PROFILE)
+def test_no_two_arms_share_a_name_and_every_spec_comes_after_its_parent(stem, profile):
+    arms = experiments.arms(stem, profile)
+    assert len({(arm.cell, arm.role) for arm in arms}) == len(arms)
+    seen = set()
+    for spec in experiments.specs(arms):
+        if isinstance(spec, MeasureSpec):
+            assert spec.parent in seen
+        seen.add(specs_of.key(spec))
+
+
+def test_dev_seeds_are_apart_from_the_reported_ones():
+    assert not set(sam_vs_sgd.DEV_SEEDS) & set(sam_vs_sgd.SEEDS)
+    for arm in sam_vs_sgd.arms("quick"):
+        assert arm.tuning == (arm.seeds == sam_vs_sgd.DEV_SEEDS)
+
+
+def test_twice_and_half_the_epochs():
+    epochs = {(arm.cell, arm.role): arm.specs[0].train.epochs for arm in sam_vs_sgd.arms("quick")}
+    for cell in sam_vs_sgd.CELLS:
+        assert epochs[cell, "sgd_double"] == 2 * epochs[cell, "sgd"] == 2 * epochs[cell, "sam"]
+        assert epochs[cell, "sam_half"] * 2 == epochs[cell, "sam"]
+
+
+def test_arms_of_a_cell_differ_in_the_method_alone():
+    arms = {arm.role: arm.base for arm in sam_vs_sgd.comparison("noise40")}
+    sgd, sam = specs_of.flat(arms["sgd"]), specs_of.flat(arms["sam"])
+    assert {name for name in sgd if sgd[name] != sam[name]} == {"optim.method", "optim.rho"}
+
+
+@pytest.mark.parametrize("cell", sam_vs_sgd.TUNED_CELLS)
+def test_chosen_settings_follow_the_stated_rule_on_the_committed_tuning_records(cell):
+    arms = [arm for arm in sam_vs_sgd.tuning() if arm.cell == f"tuning {cell}"]
+    frame = open_store("quick").frame(arms)
+    assert set(frame["status"]) == {"done"}
+    for field, method, chosen in zip(("optim.lr", "optim.rho"), ("sgd", "sam"), sam_vs_sgd.CHOSEN[cell], strict=True):
+        rows = frame[frame["optim.method"] == method].to_dict("records")
+        assert sam_vs_sgd.choose(sam_vs_sgd.worst_accuracy(rows, field)) == chosen
+
+
+def test_the_choice_goes_by_the_worst_seed_and_ties_go_to_the_smaller():
+    rows = pd.DataFrame(
+        {"rho": [0.1, 0.1, 0.2, 0.2, 0.4, 0.4], "validation_accuracy_pct": [80.0, 82.0, 81.0, 80.0, 95.0, 10.0]}
+    ).to_dict("records")
+    worst = sam_vs_sgd.worst_accuracy(rows, "rho")
+    assert worst == {0.1: 80.0, 0.2: 80.0, 0.4: 10.0}
+    assert sam_vs_sgd.choose(worst) == 0.1
+
+
+def test_a_variation_has_keys_of_its_own_and_leaves_tuning_alone():
+    plain = experiments.arms("sam_vs_sgd", "quick")
+    varied = experiments.arms("sam_vs_sgd", "quick", seeds=[3, 7], overrides={"epochs": 4, "model.width": 12})
+    for before, after in zip(plain, varied, strict=True):
+        if before.tuning:
+            assert before == after
+            continue
+        assert (before.role, before.cell) == (after.role, after.cell)
+        assert after.seeds == (3, 7)
+        assert not {specs_of.key(s) for s in before.specs} & {specs_of.key(s) for s in after.specs}
+    epochs = {arm.role: arm.specs[0].train.epochs for arm in varied if arm.cell == "clean"}
+    assert epochs == {"sgd": 4, "sam": 4, "sgd_double": 8, "sam_half": 2}
+
+
+def test_measures_belong_to_the_member_they_are_taken_of():
+    arm = Arm("sgd", "cell", RunSpec(), (0, 1), (measure("lambda_max"),))
+    for member in arm.specs:
+        assert [spec.parent for spec in arm.measures_of(member)] == [specs_of.key(member)]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: experiments.arms("sam_vs_adam", "quick"), ["experiment", "sam_vs_adam", "sam_vs_sgd"]),
+        (lambda: experiments.arms("sam_vs_sgd", "fast"), ["profile", "fast", "quick"]),
+        (lambda: experiments.arms("sam_vs_sgd", "quick", seeds=0), ["seeds", "0"]),
+        (lambda: experiments.arms("sam_vs_sgd", "quick", seeds=[1, 1]), ["seeds", "once"]),
+        (lambda: experiments.arms("sam_vs_sgd", "quick", seeds="3"), ["seeds", "'3'"]),
+        (lambda: experiments.arms("sam_vs_sgd", "quick", seeds=[-1]), ["seed", "-1"]),
+        (lambda: experiments.arms("sam_vs_sgd", "quick", overrides={"epohcs": 3}), ["epohcs", "epochs"]),
+    ],
+)
+def test_bad_names_are_refused_before_anything_runs(call, words):
+    with pytest.raises(InputError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value)
