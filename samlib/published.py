@@ -4,12 +4,11 @@ results()   one printed number per row        settings()  one experiment configu
 claims()    the 64 claims and their rules     errata()    the inconsistencies and what this study does about them
 """
 
+import copy
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -25,7 +24,7 @@ PRIORITIES = ("core", "extended", "beyond-one-GPU")
 class Claim:
     """A sentence of a paper that can be tested, and the rule fixed for it before any run.
 
-    `published` holds the paper's own figures, read-only; `note` and `confound` are empty where there is nothing to add.
+    `published` holds the paper's own figures; `note` and `confound` are empty where there is nothing to add.
     """
 
     id: str
@@ -38,7 +37,7 @@ class Claim:
     reproduced_if: str
     not_reproduced_if: str
     inconclusive_if: str
-    published: Mapping[str, Any]
+    published: dict[str, Any]
     priority: str
     note: str = ""
     confound: str = ""
@@ -61,12 +60,23 @@ class Erratum:
 
 def claims() -> dict[str, Claim]:
     """Every claim by its id, in the order of the file."""
-    return dict(_claims())
+    return copy.deepcopy(_claims())
 
 
-def conventions() -> Mapping[str, Any]:
+def claim(claim_id: str) -> Claim:
+    """One claim.
+
+    Raises:
+        InputError: no claim has this id.
+    """
+    if claim_id not in _claims():
+        raise InputError(f"claim = {claim_id!r} is unknown: use an id of results/published/claims.yaml")
+    return copy.deepcopy(_claims()[claim_id])
+
+
+def conventions() -> dict[str, Any]:
     """The conventions that hold for every rule, as worded at the top of `claims.yaml`."""
-    return _claims_file()["conventions"]
+    return dict(parse_claims_file(claims_text())["conventions"])
 
 
 def results() -> pd.DataFrame:
@@ -116,15 +126,15 @@ def parse_claims(text: str) -> dict[str, Claim]:
     return found
 
 
-def parse_claims_file(text: str) -> Mapping[str, Any]:
-    """The whole file as read-only mappings and tuples; a key that stands twice in one mapping is an error."""
+def parse_claims_file(text: str) -> dict[str, Any]:
+    """The whole file as plain data; a key that stands twice in one mapping is an error."""
     try:
         content = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise InputError(f"claims.yaml is not readable: {error}") from error
     if not isinstance(content, dict) or not {"conventions", "claims"} <= content.keys():
         raise InputError("claims.yaml: the keys 'conventions' and 'claims' are needed at the top")
-    return _frozen(content)
+    return content
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -144,14 +154,7 @@ def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> d
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
 
 
-def _frozen(value: Any) -> Any:
-    """Cached content is shared by all callers, so none of them may change it."""
-    if isinstance(value, dict):
-        return MappingProxyType({key: _frozen(item) for key, item in value.items()})
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
-def _checked(entry: Mapping[str, Any]) -> Claim:
+def _checked(entry: dict[str, Any]) -> Claim:
     name = entry.get("id", "(without id)")
     known = {field.name for field in fields(Claim)}
     missing = known - {"note", "confound"} - entry.keys()
@@ -165,7 +168,7 @@ def _checked(entry: Mapping[str, Any]) -> Claim:
             raise InputError(f"claims.yaml, {name}: {field} = {entry[field]!r}: use a sentence or a name")
     _check_choice(name, "paper", entry["paper"], PAPERS)
     _check_choice(name, "priority", entry["priority"], PRIORITIES)
-    if not isinstance(entry["published"], Mapping):
+    if not isinstance(entry["published"], dict):
         raise InputError(f"claims.yaml, {name}: published = {entry['published']!r}: use a mapping, maybe empty")
     return Claim(**entry)
 
@@ -218,12 +221,7 @@ def _erratum(line: str, about: str) -> Erratum:
 
 
 @cache
-def _claims_file() -> Mapping[str, Any]:
-    return parse_claims_file(claims_text())
-
-
-@cache
-def _claims() -> Mapping[str, Claim]:
+def _claims() -> dict[str, Claim]:
     return parse_claims(claims_text())
 
 

@@ -85,7 +85,7 @@ def test_figures_quoted_in_a_claim_agree_with_the_table():
     table = published.results().query("paper == 'coldenhoff2022' and table == 'T1'")
     quoted = published.claims()["coldenhoff-a-sam-beats-sgd-per-seed"].published
     for method in ("SAM", "SGD"):
-        assert tuple(table[table["method"] == method].sort_values("seed")["value"]) == quoted[method.lower()]
+        assert table[table["method"] == method].sort_values("seed")["value"].tolist() == quoted[method.lower()]
     differences = [a - b for a, b in zip(quoted["sam"], quoted["sgd"], strict=True)]
     assert differences == pytest.approx(quoted["difference"])
     assert sum(differences) / 3 == pytest.approx(quoted["mean_difference"], abs=0.005)
@@ -125,8 +125,14 @@ def test_what_is_handed_out_cannot_spoil_the_cache():
     assert published.results()["value"].max() > 1
     published.claims().clear()
     assert len(published.claims()) == 64
-    with pytest.raises(TypeError):
-        published.claims()["foret-rho-sweep"].published["default_rho"] = 1.0
+    published.claim("foret-rho-sweep").published["default_rho"] = 1.0
+    published.claims()["foret-rho-sweep"].published["default_rho"] = 1.0
+    assert published.claim("foret-rho-sweep").published["default_rho"] == 0.05
+
+
+def test_an_unknown_claim_is_named():
+    with pytest.raises(InputError, match="claim = 'foret-t2' is unknown"):
+        published.claim("foret-t2")
 
 
 # ---------------------------------------------------------------------------------------------- slips in the files
@@ -134,7 +140,7 @@ def test_what_is_handed_out_cannot_spoil_the_cache():
 
 def test_a_note_inside_published_does_not_hide_the_note_of_the_claim():
     claim = published.parse_claims(CLAIM)["one"]
-    assert (claim.note, claim.published["note"], claim.published["value"]) == ("outer", "inner", (1, 2))
+    assert (claim.note, claim.published["note"], claim.published["value"]) == ("outer", "inner", [1, 2])
 
 
 @pytest.mark.parametrize(
