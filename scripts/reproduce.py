@@ -1,0 +1,123 @@
+"""The whole study on one profile: train, run the notebooks, build the book, compare with the committed records.
+
+    make reproduce PROFILE=quick
+    .venv/bin/python scripts/reproduce.py --profile quick      the same, once `make env` has run, with the exit code
+
+Everything goes below runs/PROFILE. Finished runs are kept, so that the same command goes on after an interruption.
+
+Exit codes: 0 all agrees, 1 a step failed or a mean left its tolerance, 2 bad input, 3 a verdict flipped, 130 stopped.
+make ends with 2 whatever a recipe returns; so the code also stands in runs/PROFILE/exit_code, and in make's last line.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from samlib.errors import InputError
+from samlib.experiments import check_profile
+from samlib.store import open_store
+
+ROOT = Path(__file__).resolve().parent.parent
+# One thread per process: the sweep fills the machine with processes, and sums come out in one order.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+BAD_INPUT, FLIP, INTERRUPTED = 2, 3, 130
+
+MEANING = {
+    0: "everything agrees with the committed records",
+    1: "a step failed, or a mean left its tolerance: see above",
+    BAD_INPUT: "bad input: see above",
+    FLIP: "a verdict differs from the committed one: see above",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One process of the chain. `verdict` says that exit code 3 means a flipped verdict, and not a failure."""
+
+    title: str
+    arguments: tuple[str, ...]
+    verdict: bool = False
+
+    def run(self) -> int:
+        """Exit code of the whole chain if it ended with this step."""
+        print(f"== {self.title}", flush=True)
+        started = time.monotonic()
+        code = wait_for([sys.executable, *self.arguments])
+        print(f"== {self.title}: {time.monotonic() - started:.0f} s\n", flush=True)
+        kept = (0, BAD_INPUT, FLIP) if self.verdict else (0, BAD_INPUT)
+        return code if code in kept else 1
+
+
+def wait_for(command: Sequence[str]) -> int:
+    """Exit code of a command. An interruption is passed on to it once, and it gets the time to tidy up."""
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ONE_THREAD, start_new_session=True)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    if code in (INTERRUPTED, -signal.SIGINT):
+        raise KeyboardInterrupt
+    return code
+
+
+def interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def steps(profile: str, runs: Path) -> list[Step]:
+    notebooks, book = str(runs / "notebooks"), str(runs / "book")
+    samlib = ("-m", "samlib")
+    here = ("--profile", profile, "--store", "runs")
+    return [
+        Step("train what is missing", (*samlib, "run", *here)),
+        Step("run the notebooks", ("notebooks/execute.py", *here, "--out", notebooks)),
+        Step("build the book", ("book/build.py", "--notebooks", notebooks, *here, "--out", book)),
+        Step("decide the claims and compare with the committed records", (*samlib, "compare", *here), verdict=True),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="reproduce.py", description="reproduce the study on one profile")
+    parser.add_argument("--profile", default="quick", help="quick, gpu or paper")
+    profile = parser.parse_args(argv).profile
+    try:
+        check_profile(profile)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    runs = open_store(profile, "runs").folder
+    note = runs / "exit_code"
+    note.unlink(missing_ok=True)
+    try:
+        code = run_steps(steps(profile, runs))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: `make reproduce PROFILE={profile}` goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    if runs.is_dir():
+        note.write_text(f"{code}\n")
+    book = runs / "book" / "html" / "index.html"
+    print(f"book:    {book.as_uri() if book.exists() else 'not built'}")
+    print(f"outcome: {MEANING[code]} (exit code {code})")
+    return code
+
+
+def run_steps(chain: Sequence[Step]) -> int:
+    """Runs the steps until one fails; its exit code, or 0."""
+    for step in chain:
+        if code := step.run():
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    sys.exit(main())
