@@ -1,0 +1,161 @@
+"""The tables of the book and of README.md that are drawn from verdicts, claims and errata, as Markdown.
+
+python book/findings.py README.md      rewrites the table of findings between its two markers
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from samlib import claims, published
+from samlib.errors import InputError
+from samlib.store import open_store
+
+BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
+
+
+# ---------------------------------------------------------------------------------------------- verdicts
+
+
+def findings(verdicts: Sequence[claims.Verdict], mark: Callable[[str], str] = str) -> str:
+    """How many claims came out which way, then a row for each that was decided. `mark` dresses the outcome."""
+    decided = [verdict for verdict in verdicts if verdict.outcome != claims.NOT_RUN]
+    if not decided:
+        return f"{tally(verdicts)}\n"
+    head = ["Claim", "Outcome", "Statistic, mean and 95 % interval", "Published"]
+    rows = [finding(verdict, mark) for verdict in decided]
+    return f"{tally(verdicts)}\n\n{table(head, rows)}\n"
+
+
+def tally(verdicts: Sequence[claims.Verdict]) -> str:
+    counts = Counter(verdict.outcome for verdict in verdicts)
+    profiles = sorted({verdict.profile for verdict in verdicts})
+    parts = ", ".join(f"{counts[outcome]} {outcome}" for outcome in claims.OUTCOMES)
+    return f"Of {len(verdicts)} claims on the profile {', '.join(f'`{name}`' for name in profiles)}: {parts}."
+
+
+def finding(verdict: claims.Verdict, mark: Callable[[str], str]) -> list[str]:
+    claim = published.claims()[verdict.claim]
+    parts = [part for part in verdict.parts if part.outcome != claims.INFORMATION]
+    return [
+        f"{plain(claim.statement)}<br>*{claim.paper}, {plain(claim.where)}*",
+        mark(verdict.outcome) + ("<br>*miniature*" if verdict.miniature else ""),
+        "<br>".join(plain(claims.part_text(part)) for part in parts) or plain(verdict.reason),
+        plain(claims.published_text(verdict.published)) or "not printed",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- claims and errata
+
+
+def conventions() -> str:
+    rows = [
+        [f"**{name.replace('_', ' ')}**", plain(claims.published_text(text))]
+        for name, text in published.conventions().items()
+    ]
+    return table(["Convention", "Meaning"], rows) + "\n"
+
+
+def rules() -> str:
+    """Every claim with its rule, one heading per paper."""
+    known = published.claims().values()
+    sections = [
+        f"### {paper}\n\n" + "\n".join(rule(claim) for claim in known if claim.paper == paper)
+        for paper in published.PAPERS
+    ]
+    return "\n".join(sections)
+
+
+def rule(claim: published.Claim) -> str:
+    scope = "" if claim.priority == "core" else f", {claim.priority.replace('-', ' ')}"
+    fields = [
+        ("where", claim.where),
+        ("compared", claim.comparison),
+        ("statistic", claim.statistic),
+        ("reproduced if", claim.reproduced_if),
+        ("not reproduced if", claim.not_reproduced_if),
+        ("inconclusive if", claim.inconclusive_if),
+        ("published", claims.published_text(claim.published)),
+        ("confound", claim.confound),
+        ("note", claim.note),
+    ]
+    lines = [f"- {name}: {plain(text)}" for name, text in fields if text]
+    head = f"**{claim.id}** ({claim.experiment}{scope}). {plain(claim.statement)}"
+    return "\n".join([f"(claim-{claim.id})=", head, "", *lines, ""])
+
+
+def errata() -> str:
+    """Every erratum under the heading it belongs to, after links to those that change a conclusion."""
+    entries = published.errata()
+    top = [f"- [{entry.id}](#{entry.id.lower()}): {plain(entry.title.rstrip('.;'))}" for entry in entries if entry.top]
+    parts = [f"## The {len(top)} that change most", "", *top, ""]
+    for about, group in groupby(entries, key=lambda entry: entry.about):
+        parts += [f"## {about}", "", *(erratum(entry) for entry in group)]
+    return "\n".join(parts)
+
+
+def erratum(entry: published.Erratum) -> str:
+    end = "" if entry.title.endswith((";", ":")) else "."
+    head = f"**{entry.id}** ({plain(entry.certainty)}) **{plain(entry.title)}{end}**"
+    return f"({entry.id.lower()})=\n{head} {plain(entry.text)}\n"
+
+
+# ---------------------------------------------------------------------------------------------- Markdown
+
+_EMPHASIS = re.compile(r"(?<![\w)|*])\*(?=[^\s*])([^*]*[^\s*])\*(?![\w(|*])")
+
+
+def plain(text: str) -> str:
+    """Text of the reference files made safe for a Markdown table: `code` and *emphasis* between blanks stay markup."""
+    pieces = re.split(r"(`[^`]+`)", " ".join(text.split()))
+    return "".join(piece.replace("|", r"\|") if piece.startswith("`") else escaped(piece) for piece in pieces)
+
+
+def escaped(text: str) -> str:
+    kept = _EMPHASIS.sub("\x00\\1\x00", text)
+    return re.sub(r"([*|<>$_\[\]~`])", r"\\\1", kept).replace("\x00", "*")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# ---------------------------------------------------------------------------------------------- README.md
+
+
+def replace_between_markers(text: str, new: str) -> str:
+    """The text with what stands between the two markers replaced.
+
+    Raises:
+        InputError: the markers are not there, once each and in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise InputError(f"the markers {BEGIN!r} and {END!r} are needed, once each and in this order: restore them")
+    return f"{before}{BEGIN}\n\n{new}\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="findings.py", description="rewrite the findings in a file")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--store", default="results")
+    args = parser.parse_args(argv)
+    try:
+        verdicts = claims.verdicts(args.profile, open_store(args.profile, args.store))
+        text = replace_between_markers(args.file.read_text(encoding="utf-8"), findings(verdicts))
+    except InputError as error:
+        print(f"error: {args.file}: {error}", file=sys.stderr)
+        return 2
+    args.file.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
