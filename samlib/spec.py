@@ -195,8 +195,8 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
-        if self.train.logged_loss == "w+eps" and self.optim.method == "sgd":
-            raise InputError("train.logged_loss = 'w+eps' needs optim.method to perturb, got 'sgd': use 'w'")
+        if self.train.logged_loss == "w+eps" and (self.optim.method == "sgd" or self.optim.rho == 0):
+            raise InputError("train.logged_loss = 'w+eps' needs a method other than sgd and optim.rho above 0: use 'w'")
         shards, batch = num_shards(self), self.train.batch_size
         if shards > batch:
             raise InputError(

@@ -171,8 +171,8 @@ class Store:
         """One row per member of the arms.
 
         Columns: cell, role, seed, key, status, every field of the spec by its dotted name, the metrics of the last
-        epoch (`test_accuracy_pct`) and of two others (`test_accuracy_pct@best_validation`), and the measures. A run without a
-        record is a row of status 'missing'; one made by older code is 'stale'.
+        epoch (`test_accuracy_pct`) and of two others (`test_accuracy_pct@best_validation`), and the measures. A run
+        without a record is a row of status 'missing'; one made by older code is 'stale'.
         """
         rows = [self._row(arm, member) for arm in arms for member in arm.specs]
         return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["cell", "role", "seed", "key", "status"])

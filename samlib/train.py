@@ -1,6 +1,8 @@
 """`run(spec) -> Record`: the only training loop of the study, and the one step that needs a device."""
 
 import math
+import pickle
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -234,10 +236,14 @@ class Training:
         )
 
     def resume(self, path: Path) -> None:
-        """Goes back to a checkpoint if there is one; a later run is then the same as one that was never cut."""
-        if not path.exists():
+        """Goes back to a checkpoint if there is one; the run is then the same as one that was never cut."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            print(f"checkpoint {path} cannot be read ({error}): the run starts over", file=sys.stderr)
+            return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.order.set_state(state["order"])
@@ -268,14 +274,13 @@ class Shards:
     def loss_and_gradient(self, part: slice) -> Tensor:
         """What every optimiser of samlib calls: clears the gradients, computes the loss, calls backward."""
         self.optimizer.zero_grad()
-        perturbed = getattr(self.optimizer, "at_perturbed_point", False)
-        with self._batch_norm(perturbed), autocast(self.spec.train.precision, self.inputs.device):
+        with self._batch_norm(), autocast(self.spec.train.precision, self.inputs.device):
             loss = self._loss(part)
         loss.backward()
-        if self.spec.optim.clip == "both" and not perturbed:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optim.clip_norm)
-        if perturbed:
+        if getattr(self.optimizer, "at_perturbed_point", False):
             self._perturbed.append(loss.detach())
+        elif self.spec.optim.clip == "both":
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optim.clip_norm)
         return loss
 
     def perturbed_loss(self) -> Tensor:
@@ -305,8 +310,10 @@ class Shards:
             loss = loss + 0.5 * self.spec.optim.weight_decay * squares
         return loss
 
-    def _batch_norm(self, perturbed: bool) -> AbstractContextManager:
-        return batchnorm.second_pass(self.model, self.spec.optim.second_pass_batchnorm) if perturbed else nullcontext()
+    def _batch_norm(self) -> AbstractContextManager:
+        if getattr(self.optimizer, "in_second_pass", False):
+            return batchnorm.second_pass(self.model, self.spec.optim.second_pass_batchnorm)
+        return nullcontext()
 
 
 def torch_smoothing(spec: RunSpec, num_classes: int) -> float:

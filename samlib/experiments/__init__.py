@@ -90,6 +90,7 @@ def arms(
         InputError: unknown experiment, profile, seed or field; nothing has run by then.
     """
     declared = load(stem).arms(check_profile(profile))
+    specs_of.override(RunSpec(), overrides or {})  # a wrong name is an error even where only checks are run
     if seeds is None and not overrides:
         return declared
     chosen = None if seeds is None else _seeds(seeds)

@@ -1,0 +1,97 @@
+"""The comparison with the committed records: agreement, a mean out of tolerance, a flipped verdict."""
+
+import json
+import shutil
+
+import pytest
+
+from samlib import __main__ as cli
+from samlib import experiments
+from samlib.compare import FAILURE, FLIP, OK, Setting, compare
+from samlib.store import Store, open_store
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """The committed records as if they had just been run."""
+    committed = open_store("quick")
+    target = tmp_path / "runs" / "quick"
+    shutil.copytree(committed.folder / "records", target / "records")
+    return committed, Store(target, writable=True)
+
+
+def rewrite(store, arms, change):
+    for arm in arms:
+        for row in store.frame([arm]).itertuples():
+            path = store.record_path(row.key)
+            data = json.loads(path.read_text())
+            change(data)
+            path.write_text(json.dumps(data))
+
+
+def shift(metric, by):
+    def change(data):
+        data["final"]["last"][metric] += by
+
+    return change
+
+
+def arms(cell, role):
+    return [arm for arm in experiments.arms("sam_vs_sgd", "quick") if (arm.cell, arm.role) == (cell, role)]
+
+
+def test_the_same_records_agree(copy):
+    found = compare("quick", *copy)
+    assert found.exit_code == OK
+    assert found.flips == ()
+    assert all(setting.agrees for setting in found.settings)
+    assert {setting.stem for setting in found.settings} == set(experiments.STEMS)
+    assert "Every verdict is the committed one." in found.report()
+
+
+def test_a_mean_outside_its_tolerance_is_a_failure(copy):
+    committed, fresh = copy
+    rewrite(fresh, arms("noise20", "sgd_double"), shift("test_accuracy_pct", 30.0))
+    found = compare("quick", committed, fresh)
+    assert [(s.cell, s.role, s.metric) for s in found.deviations] == [("noise20", "sgd_double", "test_accuracy_pct")]
+    assert found.exit_code == FAILURE
+    assert "OUTSIDE" in found.report()
+
+
+def test_a_flipped_verdict_is_printed_and_has_a_code_of_its_own(copy):
+    committed, fresh = copy
+    for role, by in (("sam", -60.0), ("sam_half", -60.0)):
+        rewrite(fresh, arms("clean", role), shift("test_accuracy_pct", by))
+    found = compare("quick", committed, fresh)
+    assert found.exit_code == FLIP
+    assert "coldenhoff-a-sam-beats-sgd-per-seed" in {claim for claim, _, _ in found.flips}
+    assert "FLIPPED" in found.report()
+
+
+def test_a_missing_run_is_a_failure(copy):
+    committed, fresh = copy
+    row = fresh.frame(arms("noise20", "sgd_double")).iloc[0]
+    fresh.record_path(row["key"]).unlink()
+    assert compare("quick", committed, fresh).exit_code == FAILURE
+
+
+def test_a_deviation_of_tuning_runs_decides_nothing(copy):
+    committed, fresh = copy
+    rewrite(fresh, arms("tuning clean", "sgd lr=0.1"), shift("test_accuracy_pct", 40.0))
+    found = compare("quick", committed, fresh)
+    assert found.exit_code == OK
+    assert "decides nothing" in found.report()
+
+
+def test_the_tolerance_is_inclusive():
+    assert Setting("s", "c", "r", "m", 3, 1.0, 1.5, 0.5).agrees
+    assert not Setting("s", "c", "r", "m", 3, 1.0, 1.51, 0.5).agrees
+    assert not Setting("s", "c", "r", "m", 3, 1.0, float("nan"), 0.5).agrees
+
+
+def test_the_command_returns_the_code(copy, monkeypatch, capsys):
+    _, fresh = copy
+    assert cli.main(["compare", "--store", str(fresh.folder.parent)]) == OK
+    rewrite(fresh, arms("noise40", "sam"), shift("test_loss", 9.0))
+    assert cli.main(["compare", "--store", str(fresh.folder.parent)]) == FAILURE
+    assert "OUTSIDE" in capsys.readouterr().out
