@@ -32,6 +32,7 @@ from samlib.errors import InputError
 HERE = Path(__file__).resolve().parent
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 INTERRUPT_GRACE_S = 15
+TRACE_LINES = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,12 +184,14 @@ def stop(process: subprocess.Popen) -> None:
 def describe(broken: Path, log: str) -> str:
     """The failed cell and the end of its traceback, or the end of papermill's log where no cell failed."""
     if broken.exists():
-        for number, cell in enumerate(nbformat.read(broken, as_version=4).cells, start=1):
+        for cell in nbformat.read(broken, as_version=4).cells:
             for output in cell.get("outputs", []):
                 if output.output_type == "error":
                     trace = COLOUR.sub("", "\n".join(output.traceback)).splitlines()
-                    return "\n".join([f"{broken}, cell {number}: {output.ename}: {output.evalue}", *trace[-20:]])
-    return "\n".join([f"{broken.name.split('.')[0]}: the kernel ended without an error cell", *log.splitlines()[-20:]])
+                    where = f"{broken}, In [{cell.execution_count}]"
+                    return "\n".join([f"{where}: {output.ename}: {output.evalue}", *trace[-TRACE_LINES:]])
+    name = broken.name.removesuffix(".failed.ipynb")
+    return "\n".join([f"{name}: the kernel ended without an error cell", *log.splitlines()[-TRACE_LINES:]])
 
 
 def terminate(signal_number: int, _frame: object) -> None:

@@ -94,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     runs = open_store(profile, "runs").folder
-    note = runs / "exit_code"
+    note, book = runs / "exit_code", runs / "book" / "html" / "index.html"
     note.unlink(missing_ok=True)
+    started = time.time()
     try:
         code = run_steps(steps(profile, runs))
     except KeyboardInterrupt:
@@ -103,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     if runs.is_dir():
         note.write_text(f"{code}\n")
-    book = runs / "book" / "html" / "index.html"
-    print(f"book:    {book.as_uri() if book.exists() else 'not built'}")
+    built = book.exists() and book.stat().st_mtime >= started
+    print(f"book:    {book.as_uri() if built else 'not built by this run'}")
     print(f"outcome: {MEANING[code]} (exit code {code})")
     return code
 

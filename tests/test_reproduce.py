@@ -1,0 +1,107 @@
+"""scripts/reproduce.py: which exit code the chain ends with, and what it leaves behind."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import reproduce
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+def ending(code: int, *, verdict: bool = False, then: str = "pass"):
+    return reproduce.Step("a step", ("-c", f"import os, sys; {then}; sys.exit({code})"), verdict)
+
+
+@pytest.fixture
+def chain(tmp_path, monkeypatch):
+    """Runs the driver with other steps, in a checkout of its own, and returns its exit code and what it noted."""
+    (tmp_path / "runs" / "quick").mkdir(parents=True)
+    monkeypatch.setenv("SAMLIB_ROOT", str(tmp_path))
+
+    def run(*steps):
+        monkeypatch.setattr(reproduce, "steps", lambda profile, runs: list(steps))
+        code = reproduce.main(["--profile", "quick"])
+        note = tmp_path / "runs" / "quick" / "exit_code"
+        return code, note.read_text() if note.exists() else None
+
+    return run
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(0, 0), (1, 1), (2, 2), (3, 1), (77, 1)])
+def test_a_step_that_fails_ends_with_1_and_bad_input_with_2(code, outcome):
+    assert ending(code).run() == outcome
+
+
+def test_only_the_comparison_may_end_with_3():
+    assert ending(3, verdict=True).run() == 3
+    assert [step.verdict for step in reproduce.steps("quick", Path("runs"))] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3])
+def test_the_outcome_is_returned_noted_and_printed(chain, capsys, code):
+    assert chain(ending(0), ending(code, verdict=True)) == (code, f"{code}\n")
+    assert f"(exit code {code})" in capsys.readouterr().out
+
+
+def test_no_step_runs_after_a_failed_one(chain, tmp_path):
+    reached = tmp_path / "reached"
+    assert chain(ending(1), ending(0, then=f"open({str(reached)!r}, 'w')"))[0] == 1
+    assert not reached.exists()
+
+
+def test_a_book_of_an_earlier_run_is_not_announced(chain, tmp_path, capsys):
+    html = tmp_path / "runs" / "quick" / "book" / "html"
+    html.mkdir(parents=True)
+    (html / "index.html").touch()
+    time.sleep(0.05)
+    chain(ending(1))
+    assert "not built by this run" in capsys.readouterr().out
+    chain(ending(0, then=f"open({str(html / 'index.html')!r}, 'w').write('new')"))
+    assert (html / "index.html").as_uri() in capsys.readouterr().out
+
+
+def test_every_step_has_one_thread(chain, tmp_path):
+    seen = tmp_path / "threads"
+    chain(ending(0, then=f"open({str(seen)!r}, 'w').write(os.environ['OMP_NUM_THREADS'])"))
+    assert seen.read_text() == "1"
+
+
+def test_an_unknown_profile_is_bad_input_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAMLIB_ROOT", str(tmp_path))
+    assert reproduce.main(["--profile", "qick"]) == 2
+    assert "profile = 'qick' is unknown: use one of quick" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_reaches_the_step_once_and_lets_it_tidy_up(tmp_path):
+    started, tidied = tmp_path / "started", tmp_path / "tidied"
+    step = f"""
+import time
+try:
+    open({str(started)!r}, "w")
+    time.sleep(300)
+except KeyboardInterrupt:
+    time.sleep(0.5)  # a second interrupt would end this
+    open({str(tidied)!r}, "w")
+"""
+    driver = f"""
+import signal, sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import reproduce
+signal.signal(signal.SIGTERM, reproduce.interrupt)
+reproduce.steps = lambda profile, runs: [reproduce.Step("long", ("-c", {step!r}))]
+sys.exit(reproduce.main([]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", driver], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 30
+    while not started.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "make reproduce PROFILE=quick` goes on from here" in errors
+    assert tidied.exists()
