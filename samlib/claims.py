@@ -363,28 +363,31 @@ def effective_jacobian(evidence: Evidence) -> Decision:
 
 
 TOY_SEEDS = 10
-AT_THE_EDGE = (0.9, 1.1)  # edge_ratio is 1 where the run is just stable; fixed before any run
+# A run is just stable at an edge_ratio of 1 and wanders around it with its batches: on seeds 1000 to 1019, which belong
+# to no verdict, single runs ended between 0.73 and 1.04 and the means of the arms between 0.92 and 0.98. The claim
+# compares means over seeds, so the mean of each arm has to be at the edge.
+AT_THE_EDGE = (0.9, 1.1)
 
 
 @rule("behdin-theorem32-toy", roles=("sgd", "sam", "msam"), matched="step size and batch")
 def edge_of_stability(evidence: Evidence) -> Decision:
-    parts = []
+    pairs, edges = [], []
     for cell in evidence.cells:
-        parts += [
+        pairs += [
             difference(evidence, cell, "lambda_max", a, b, claimed=BELOW, at_least=TOY_SEEDS)
             for a, b in (("sam", "sgd"), ("msam", "sam"))
         ]
-        for role in evidence.roles:
-            demand_the_edge(evidence, cell, role)
-    return decide(evidence, parts, reproduced=every(parts, SUPPORTS), not_reproduced=some(parts, CONTRADICTS))
+        edges += [distance_from_the_edge(evidence, cell, role) for role in evidence.roles]
+    return decide(evidence, pairs + edges, reproduced=every(pairs, SUPPORTS), not_reproduced=some(pairs, CONTRADICTS))
 
 
-def demand_the_edge(evidence: Evidence, cell: str, role: str) -> None:
-    """The theorem speaks of runs at the edge of stability: one run elsewhere, and nothing follows."""
-    ratios = column(evidence, cell, role, "edge_ratio", ("done",))
-    away = [seed for seed, ratio in ratios.items() if not AT_THE_EDGE[0] <= ratio <= AT_THE_EDGE[1]]
-    if away:
-        evidence.obstacles.append(f"{cell}: {role} is not at the edge of stability for seeds {listed(away)}")
+def distance_from_the_edge(evidence: Evidence, cell: str, role: str) -> Part:
+    """Mean edge_ratio of an arm. The theorem speaks of the edge of stability: from an arm elsewhere nothing follows."""
+    ratios = stats.mean(list(scores(evidence, cell, role, "edge_ratio").values()))
+    if not AT_THE_EDGE[0] <= ratios.estimate <= AT_THE_EDGE[1]:
+        where = f"mean edge_ratio {ratios.estimate:.3g}"
+        evidence.obstacles.append(f"{cell}: {role} is not at the edge of stability ({where})")
+    return Part(cell, f"edge_ratio of {role}", ratios.estimate, ratios.low, ratios.high, ratios.n, INFORMATION)
 
 
 @rule("coldenhoff-a-sam-beats-sgd-per-seed", roles=("sam", "sgd"), matched="epochs")
@@ -611,16 +614,29 @@ def rule_digest(claim_id: str, source: str | None = None, claims_text: str | Non
     Raises:
         InputError: there is no such rule or claim in these texts.
     """
-    definitions = _definitions(Path(__file__).read_text(encoding="utf-8") if source is None else source)
-    claims = published.claims() if claims_text is None else published.parse_claims(claims_text)
+    source = Path(__file__).read_text(encoding="utf-8") if source is None else source
+    return _digest(claim_id, source, published.claims_text() if claims_text is None else claims_text)
+
+
+@cache
+def _digest(claim_id: str, source: str, claims_text: str) -> str:
+    definitions, wording = _definitions(source), _wording(claims_text)
     body = next((node for node in definitions.values() if _decides(node, claim_id)), None)
-    if body is None or claim_id not in claims:
+    if body is None or claim_id not in wording:
         raise InputError(f"claim = {claim_id!r} has no rule, or no entry in claims.yaml, at this revision")
-    claim = claims[claim_id]
-    wording = [claim.statistic, claim.reproduced_if, claim.not_reproduced_if, claim.inconclusive_if]
     code = [f"{name}={_normal_form(definitions[name])}" for name in sorted(_reached(body, definitions))]
-    text = "\n".join([claim_id, _normal_form(body), *code, *wording])
+    text = "\n".join([claim_id, _normal_form(body), *code, *wording[claim_id]])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def _wording(claims_text: str) -> dict[str, tuple[str, ...]]:
+    """The sentences of each claim that its rule puts into code."""
+    claims = published.parse_claims(claims_text)
+    return {
+        name: (claim.statistic, claim.reproduced_if, claim.not_reproduced_if, claim.inconclusive_if)
+        for name, claim in claims.items()
+    }
 
 
 @cache
@@ -674,6 +690,8 @@ def _normal_form(node: Any) -> str:
 
 def _normal_fields(node: ast.AST) -> Iterator[str]:
     for name, value in ast.iter_fields(node):
+        if isinstance(node, ast.JoinedStr):  # Python 3.12 puts empty pieces into some f-strings
+            value = [piece for piece in value if not (isinstance(piece, ast.Constant) and piece.value == "")]
         if value not in (None, []) and name not in ("ctx", "kind", "type_comment"):
             yield f"{name}={_normal_form(value)}"
 

@@ -422,10 +422,12 @@ def toy(sgd=10.0, sam=8.0, msam=6.0, seeds=20, edge=1.0, **last):
         (toy(msam=8.0), INCONCLUSIVE),
         (toy(edge=0.9), REPRODUCED),
         (toy(edge=1.1), REPRODUCED),
-        (toy(edge_ratio=0.8999), INCONCLUSIVE),
-        (toy(edge_ratio=1.1001), INCONCLUSIVE),
-        (toy(edge_ratio=math.nan), INCONCLUSIVE),
-        (toy(msam=9.0, edge_ratio=0.5), INCONCLUSIVE),
+        (toy(edge=0.8999), INCONCLUSIVE),
+        (toy(edge=1.1001), INCONCLUSIVE),
+        (toy(edge=math.nan), INCONCLUSIVE),
+        (toy(edge_ratio=0.5), REPRODUCED),  # one run elsewhere; the mean of its arm is 0.975
+        (toy(edge_ratio=-2.0), INCONCLUSIVE),
+        (toy(msam=9.0, edge=0.5), INCONCLUSIVE),
         (toy(status="diverged"), INCONCLUSIVE),
         (toy(status="missing"), REPRODUCED),
     ],
@@ -435,11 +437,12 @@ def test_the_toy_theorem(rows, expected, miniature):
     assert outcome(TOY, rows, miniature) == expected
 
 
-def test_runs_away_from_the_edge_are_named():
-    reason = judge(TOY, toy(edge_ratio=0.5))[2]
-    assert reason.startswith("toy: msam is not at the edge of stability for seeds 19")
-    parts = judge(TOY, toy(edge_ratio=0.5))[1]
-    assert [part.outcome for part in parts] == [SUPPORTS, SUPPORTS]  # what they say alone stays visible
+def test_an_arm_away_from_the_edge_is_named():
+    found, parts, reason = judge(TOY, toy(edge_ratio=-2.0))
+    assert found == INCONCLUSIVE
+    assert reason.startswith("toy: msam is not at the edge of stability (mean edge_ratio 0.85)")
+    assert [part.outcome for part in parts] == [SUPPORTS] * 2 + [INFORMATION] * 3  # the pairs alone stay visible
+    assert [part.estimate for part in parts[2:]] == [1, 1, pytest.approx(0.85)]
     assert "n = 9, at least 10 are needed" in judge(TOY, toy(seeds=9))[2]
 
 
