@@ -1,0 +1,869 @@
+"""SAM, ASAM and average SAM beside `torch.optim`.
+
+Top: the three optimisers, which hold settings, groups and state. Below: the mathematics, free functions on lists of
+tensors (`perturbation`, `scales`, `dual_vector`, `project`).
+
+Order of the closure calls in `step`, each call a *pass*:
+
+==================================== ==========================================================================
+call                                 passes
+==================================== ==========================================================================
+step(closure)                        closure at w; closure at w + eps
+step([c0, c1, ...]) (mSAM)           c0 at w; c0 at w + eps0; c1 at w; c1 at w + eps1; ...
+step(c, ascent_closure=a) (n-SAM)    a at w; c at w + eps
+step([c0, c1], ascent_closure=a)     a at w; c0 at w + eps; c1 at w + eps
+inner_steps=3                        the ascent closure at w and at two intermediate points; the descent at w + eps
+AverageSAM                           each closure once, at w + eps
+rho = 0, or between two ascents      each closure once, at w: the base optimiser's step, bit for bit
+==================================== ==========================================================================
+
+Inside a closure `opt.at_perturbed_point` says whether the weights are perturbed, and `opt.in_second_pass` whether this
+is a further pass after one at w. They differ for AverageSAM, whose only pass is perturbed. The second is what batch
+norm has to know (`samlib.batchnorm.second_pass`).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import _unsafe_preserve_version_counter as preserve_version
+from torch.optim import Optimizer
+
+from samlib.errors import InputError
+
+Closure = Callable[[], Tensor | float]
+Pass = Callable[[], Tensor | float]  # runs one or more closures and leaves a gradient
+TensorFilter = Callable[[Tensor], bool]
+
+
+class SAM(Optimizer):
+    r"""Sharpness-aware minimisation around any base optimiser.
+
+    .. math::
+        \epsilon &= \rho \, T\, \operatorname{sign}(h) \left( |h| / \|h\|_q \right)^{q-1},
+            \qquad h = T \nabla L(w), \quad 1/p + 1/q = 1 \\
+        w &\leftarrow \text{base optimiser applied to } w \text{ with the gradient } \nabla L(w + \epsilon)
+
+    eps maximises the linearised loss over the ball ||T^-1 eps||_p <= rho. T = 1 for SAM, |w| + eta for ASAM. For p = 2
+    and T = 1, eps = rho g / ||g||. There is one norm over all perturbed tensors. Weight decay belongs to the base
+    optimiser: it acts at w and does not enter eps.
+
+    The weights are restored from a copy, bit for bit, also when a closure raises. A zero gradient gives a zero
+    perturbation; a tensor whose gradient is None in the first pass is not perturbed. If the norm of an ascent gradient
+    or an entry of the descent's is not finite, the weights stay at w, neither the closures that remain nor the base
+    optimiser are called, and `skipped_steps` grows by one.
+
+    Args:
+        params: parameters, named parameters or groups, as for every torch optimiser; dense, real, on one device. A
+            group may have its own `rho`; with rho 0 it is trained, but neither perturbed nor part of the norm.
+        base_optimizer: class or factory, called as `base_optimizer(groups, **base_kwargs)`. It shares `param_groups`
+            and `state` with this object, so schedulers may be given either of the two.
+        rho: radius of the perturbation, >= 0, in units of the weights (SAM) or relative to them (ASAM).
+        p: norm of the ball, 1 < p <= inf.
+        adaptive: scale by T = |w| + eta (ASAM).
+        eta: added to |w|, >= 0, in units of the weights.
+        normalize: False leaves the division by the norm out; for p = 2, eps = rho T^2 g (the form that the theory of
+            behdin2023 assumes).
+        inner_steps: ascent steps, each of length rho followed by a projection on the ball; 1 is SAM. More than one
+            keeps one more copy of the weights during the ascent.
+        ascent_every: perturb in the first of every so many steps; the others are steps of the base optimiser.
+        second_order: differentiate through eps as well, for the exact gradient of L(w + eps(w)); p at most 2, or inf.
+            The closure then returns the loss and does not call backward. Not for DistributedDataParallel, whose
+            reducer does not see the extra term.
+        perturb_filter: f(tensor) -> bool, which tensors are perturbed and enter the norm; default all.
+        scale_filter: f(tensor) -> bool, which tensors ASAM scales, with T = 1 for the others; default all.
+        norm_eps: added to the norm, >= 0.
+        **base_kwargs: for the base optimiser.
+
+    Attributes:
+        base_optimizer: the wrapped optimiser. A step pre-hook on it sees the gradient that is stepped on, at w and
+            unscaled: the place to clip it.
+        skipped_steps: number of steps skipped because of a gradient that was not finite.
+
+    Raises:
+        InputError: a setting outside its range, settings that exclude each other, sparse or complex parameters.
+
+    Source: foret2021, equation 2 and algorithm 1 (SAM), C.4 (second order), C.6 (inner steps); behdin2023, equations 4
+    to 6 (mSAM). Where they leave a choice, it is an argument here.
+
+    Example::
+
+        opt = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        def closure():
+            opt.zero_grad()
+            loss = loss_fn(model(inputs), targets)
+            loss.backward()
+            return loss
+        loss = opt.step(closure)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        *,
+        p: float = 2.0,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        normalize: bool = True,
+        inner_steps: int = 1,
+        ascent_every: int = 1,
+        second_order: bool = False,
+        perturb_filter: TensorFilter | None = None,
+        scale_filter: TensorFilter | None = None,
+        norm_eps: float = 0.0,
+        **base_kwargs: Any,
+    ) -> None:
+        if isinstance(base_optimizer, Optimizer):
+            raise InputError("base_optimizer is an optimizer already: pass its class, and its settings by keyword")
+        self.p, self.adaptive, self.eta, self.normalize, self.norm_eps = float(p), adaptive, eta, normalize, norm_eps
+        self.inner_steps, self.ascent_every, self.second_order = inner_steps, ascent_every, second_order
+        self.perturb_filter, self.scale_filter = perturb_filter, scale_filter
+        self._check_settings()
+        self.skipped_steps = 0
+        self._steps = 0
+        self._saved: _Saved | None = None  # while the weights are perturbed
+        self._first_step_was_finite: bool | None = None  # None outside the two-step form
+        super().__init__(params, {"rho": rho})
+        self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+        self.defaults = {**self.base_optimizer.defaults, "rho": rho}
+        self._check_filters()
+
+    # ------------------------------------------------------------------------------------------------ stepping
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+        ascent_closure: Closure | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        no_sync: Callable[[], AbstractContextManager] | None = None,
+        replay_rng: bool = False,
+    ) -> Tensor | float:
+        """One step; the module's table gives the order in which the closures are called.
+
+        Args:
+            closure: zeroes the gradients, computes the loss, calls backward and returns the loss, as for
+                `torch.optim.LBFGS`. A list of closures, one per shard of the mini-batch, is mSAM: each shard has its
+                own ascent, and the base optimiser gets the mean of the shards' gradients. A list of one is SAM, bit
+                for bit.
+            weights: of the shards in that mean: positive numbers, for example shard sizes, which are divided by their
+                sum. Default equal.
+            ascent_closure: gives the ascent its own data. There is then one ascent, shared by all shards.
+            scaler: closures call `scaler.scale(loss).backward()` and return the unscaled loss; both passes are unscaled
+                here, and the caller calls `scaler.update()` after the step. Where a gradient is not finite on either
+                pass the step is skipped and the scaler told so.
+            no_sync: `ddp_model.no_sync`. The ascent then uses this process's gradient alone and only the descent is
+                averaged over processes. A process whose ascent is not finite makes all of them skip the step.
+            replay_rng: run every later pass from the state of torch's generators at the first, so that dropout draws
+                the same masks. Generators of Python and NumPy are not replayed.
+
+        Returns:
+            The loss at w, detached: the weighted mean over shards, or that of `ascent_closure`. For AverageSAM the loss
+            at w + eps. If the step is skipped in an ascent, the loss of that ascent.
+
+        Raises:
+            InputError: no closure, a closure that returns no loss, weights that do not fit, options that exclude each
+                other, a sparse gradient.
+            RuntimeError: called between `first_step` and `second_step`.
+        """
+        closures = _closure_list(closure)
+        shares = _shares(weights, len(closures))
+        self._check_step_options(ascent_closure, scaler, no_sync)
+        if self._first_step_was_finite is not None:
+            raise RuntimeError("step() was called between first_step() and second_step()")
+        passes = [partial(self._evaluate, one) for one in closures]
+        shard = partial(self._shard, scaler=scaler, no_sync=no_sync, replay_rng=replay_rng)
+        try:
+            if not self._ascends():
+                loss = self._mean(passes, shares)
+            elif ascent_closure is not None:
+                loss = shard(ascent_closure, partial(self._mean, passes, shares))
+            else:
+                loss = self._mean([partial(shard, *pair) for pair in zip(closures, passes, strict=True)], shares)
+        except _NotFiniteError as stopped:
+            self._finish(False, scaler)
+            return stopped.loss
+        self._finish(True, scaler)
+        return loss
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Perturbs the weights along the present gradients: the ascent of the two-step form.
+
+        ::
+
+            loss_fn(model(inputs), targets).backward()
+            opt.first_step(zero_grad=True)
+            loss_fn(model(inputs), targets).backward()
+            opt.second_step(zero_grad=True)
+
+        The weights after the two are those after `step(closure)`. Gradients must be cleared in between, here or by the
+        caller. Nothing is perturbed where `step` would make a step of the base optimiser.
+
+        Raises:
+            InputError: the optimiser was made with `second_order` or more than one of `inner_steps`.
+            RuntimeError: called twice without `second_step`.
+        """
+        if self.second_order or self.inner_steps > 1:
+            raise InputError("second_order and inner_steps > 1 need more gradients: use step(closure)")
+        if self._first_step_was_finite is not None:
+            raise RuntimeError("first_step() was called twice without second_step()")
+        finite = True
+        if self._ascends():
+            self._save(self._targets())
+            finite = self._climb()
+        self._first_step_was_finite = finite
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restores the weights and steps with the present gradients. Counts as `step` for schedulers.
+
+        Raises:
+            RuntimeError: called without `first_step`.
+        """
+        if self._first_step_was_finite is None:
+            raise RuntimeError("second_step() was called without first_step()")
+        self._restore()
+        self._finish(self._first_step_was_finite, None)
+        self._first_step_was_finite = None
+        self._opt_called = True  # the mark by which a scheduler knows that the optimiser stepped before it
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def perturbation(self) -> list[Tensor]:
+        """The eps that the present gradients give, without a step and without a trace in this object.
+
+        Returns:
+            One tensor per parameter, in the order of `param_groups`; zeros for what is not perturbed. float32 for
+            parameters of lower precision.
+        """
+        pairs = self._targets()
+        eps: dict[Tensor, Tensor] = {}
+        if pairs:
+            weights, rho = zip(*pairs, strict=True)
+            scale = self._scales(weights)
+            u, _ = self._direction(weights, [w.grad for w in weights], scale)
+            eps = dict(zip(weights, stretch(u, scale, rho), strict=True))
+        return [eps[w] if w in eps else torch.zeros_like(w) for w in self._params()]
+
+    @property
+    def at_perturbed_point(self) -> bool:
+        """True while the weights are perturbed: in a closure, in a pass at a point other than w."""
+        return self._saved is not None
+
+    @property
+    def in_second_pass(self) -> bool:
+        """True in every pass that follows a pass at w in the same step. AverageSAM has none."""
+        return self.at_perturbed_point
+
+    # ---------------------------------------------------------------------------------------------- groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`; the group may have its own `rho`."""
+        group = {"rho": self.defaults["rho"], **param_group}
+        if not isinstance(group["params"], Tensor):
+            group["params"] = list(group["params"])
+        _check_group(group)
+        if hasattr(self, "base_optimizer"):
+            self.base_optimizer.add_param_group(group)
+        else:  # within the constructor
+            super().add_param_group(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimiser's state (its momentum) and groups, and this object's counters. Holds no weights."""
+        return {**super().state_dict(), "sam": self._own_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave. That of a bare base optimiser is taken too: its groups get the constructor's
+        rho, and the counters stay."""
+        super().load_state_dict(state_dict)
+        if "sam" in state_dict:
+            self._load_own_state(state_dict["sam"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("rho", self.defaults["rho"])
+        # shares the new objects again, and lets the base optimiser fill in what an older version of it did not save
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # for copy.deepcopy and pickle; a scheduler leaves a `step` of its own behind, bound to this object
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"steps": self._steps, "skipped_steps": self.skipped_steps}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        self._steps, self.skipped_steps = state["steps"], state["skipped_steps"]
+
+    # ---------------------------------------------------------------------------------------------- ascent and descent
+
+    def _shard(
+        self,
+        ascent: Closure,
+        descent: Pass,
+        *,
+        scaler: torch.amp.GradScaler | None,
+        no_sync: Callable[[], AbstractContextManager] | None,
+        replay_rng: bool,
+    ) -> Tensor | float:
+        """One ascent and the descent where it ends: leaves the descent's gradients, returns the loss at w."""
+        rewind = _rewinder(self._params()[0].device if replay_rng else None)
+        if self.second_order:
+            return self._second_order_shard(ascent, descent, rewind)
+
+        def local_pass() -> Tensor | float:
+            with nullcontext() if no_sync is None else no_sync():
+                return self._evaluate(ascent)
+
+        def later_pass() -> None:
+            rewind()
+            local_pass()
+
+        loss = local_pass()
+        with self._kept(self._targets()) as weights:
+            finite = self._climb(later_pass, 1.0 if scaler is None else scaler.get_scale())
+            if not finite and no_sync is None:
+                raise _NotFiniteError(loss)
+            rewind()
+            # The other processes wait in the descent's average, so this one takes part in it, with a gradient of NaN:
+            # then all of them skip the step.
+            with nullcontext() if finite else _poisoned(weights[0]):
+                descent()
+        return loss
+
+    def _climb(self, later_pass: Callable[[], None] | None = None, loss_scale: float = 1.0) -> bool:
+        """Moves the saved weights from w to w + eps, on the gradients there are and, for further inner steps, on those
+        that `later_pass` makes. False, at once, if a gradient is not finite."""
+        weights, rho, at_w = self._saved
+        if not weights:
+            return True
+        scale = self._scales(weights)
+        u: list[Tensor] = []
+        for inner_step in range(self.inner_steps):
+            if inner_step:
+                later_pass()
+            grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            if loss_scale != 1:
+                grads = torch._foreach_mul(grads, 1 / loss_scale)
+            direction, norm = self._direction(weights, grads, scale)
+            if not torch.isfinite(norm):
+                return False
+            if inner_step:
+                direction = project(torch._foreach_add(u, direction), self.p)
+                torch._foreach_copy_(weights, at_w)
+            u = direction
+            torch._foreach_add_(weights, stretch(u, scale, rho))
+        return True
+
+    def _second_order_shard(self, ascent: Closure, descent: Pass, rewind: Callable[[], None]) -> Tensor:
+        """As `_shard`, for the gradient v + (d eps / d w)' v, where v is the gradient at w + eps."""
+        pairs = self._perturbable()
+        weights, rho = map(list, zip(*pairs, strict=True))
+        with torch.enable_grad():
+            loss = _loss_of(ascent)
+            grads = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
+            scale = self._scales(weights)
+            u, norm = self._direction(weights, grads, scale)
+            eps = stretch(u, scale, rho)
+        if not torch.isfinite(norm):
+            raise _NotFiniteError(loss.detach())
+        # The graph of eps has saved the weights; it is walked only after they are back at w, bit for bit.
+        with preserve_version(tuple(weights)), self._kept(pairs):
+            torch._foreach_add_(weights, [e.detach() for e in eps])
+            rewind()
+            descent()
+        if norm >= torch.finfo(norm.dtype).tiny:  # where the gradient vanishes eps is 0 and has no derivative
+            self._add_second_order_term(weights, eps)
+        return loss.detach()
+
+    def _add_second_order_term(self, weights: list[Tensor], eps: list[Tensor]) -> None:
+        pairs = [(e, w.grad) for e, w in zip(eps, weights, strict=True) if e.requires_grad and w.grad is not None]
+        if not pairs:  # a loss that is linear in the weights
+            return
+        params = [w for w in self._params() if w.requires_grad]
+        outputs, v = zip(*pairs, strict=True)
+        for w, term in zip(params, torch.autograd.grad(outputs, params, v, allow_unused=True), strict=True):
+            if term is not None:
+                w.grad = term if w.grad is None else w.grad + term
+
+    def _evaluate(self, closure: Closure) -> Tensor | float:
+        """Runs one pass; its gradients are then in `.grad`. The loss, detached."""
+        with torch.enable_grad():
+            loss = _loss_of(closure)
+            if self.second_order:
+                self.zero_grad()
+                loss.backward()
+        return loss.detach() if isinstance(loss, Tensor) else loss
+
+    def _mean(self, passes: Sequence[Pass], shares: Sequence[float]) -> Tensor | float:
+        """Runs the passes, leaves the weighted mean of their gradients and returns that of their losses."""
+        if len(passes) == 1:
+            return passes[0]()
+        total: dict[Tensor, Tensor] = {}
+        loss: Tensor | float = 0.0
+        for one, share in zip(passes, shares, strict=True):
+            loss = loss + share * one()
+            _add_gradients(total, [w for w in self._params() if w.grad is not None], share)
+        for w in self._params():
+            w.grad = total.get(w)
+        return loss
+
+    def _finish(self, ascent_was_finite: bool, scaler: torch.amp.GradScaler | None) -> None:
+        """Steps the base optimiser if every gradient of this step was finite."""
+        self._steps += 1
+        if scaler is not None:
+            scaler.unscale_(self.base_optimizer)  # takes note of an inf, for scaler.update()
+        grads = _dense([w.grad for w in self._params() if w.grad is not None])
+        if ascent_was_finite and (not grads or torch.isfinite(global_norm(grads, math.inf))):
+            self.base_optimizer.step()
+        else:
+            self.skipped_steps += 1
+
+    # ---------------------------------------------------------------------------------------------- what is perturbed
+
+    def _ascends(self) -> bool:
+        return self._steps % self.ascent_every == 0 and bool(self._perturbable())
+
+    def _params(self) -> list[Tensor]:
+        return [w for group in self.param_groups for w in group["params"]]
+
+    def _perturbable(self) -> list[tuple[Tensor, float]]:
+        """The tensors that may be perturbed, each with its radius."""
+        return [
+            (w, group["rho"])
+            for group in self.param_groups
+            if group["rho"] > 0
+            for w in group["params"]
+            if w.requires_grad and (self.perturb_filter is None or self.perturb_filter(w))
+        ]
+
+    def _targets(self) -> list[tuple[Tensor, float]]:
+        """The tensors that the present gradients perturb, each with its radius."""
+        pairs = [(w, rho) for w, rho in self._perturbable() if w.grad is not None]
+        _dense([w.grad for w, _ in pairs])
+        return pairs
+
+    def _scales(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
+        return scales(weights, self.eta, self.scale_filter) if self.adaptive else [None] * len(weights)
+
+    def _direction(
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor], scale: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], Tensor]:
+        """u = eps / (rho T), and a norm that is finite if and only if the gradients are."""
+        return dual_vector(_times(grads, scale), self.p, normalize=self.normalize, norm_eps=self.norm_eps)
+
+    def _save(self, pairs: Sequence[tuple[Tensor, float]]) -> None:
+        self._saved = _Saved([w for w, _ in pairs], [rho for _, rho in pairs], [w.clone() for w, _ in pairs])
+
+    def _restore(self) -> None:
+        if self._saved is not None and self._saved.weights:
+            torch._foreach_copy_(self._saved.weights, self._saved.at_w)
+        self._saved = None
+
+    @contextmanager
+    def _kept(self, pairs: Sequence[tuple[Tensor, float]]) -> Iterator[list[Tensor]]:
+        """Copies the weights that are to be perturbed and puts them back afterwards, whatever happens."""
+        self._save(pairs)
+        try:
+            yield self._saved.weights
+        finally:
+            self._restore()
+
+    # ---------------------------------------------------------------------------------------------- refusals
+
+    def _check_settings(self) -> None:
+        if not self.p > 1:
+            raise InputError(f"Invalid p value: {self.p}: it must be above 1 (math.inf is allowed)")
+        for name in ("eta", "norm_eps"):
+            _check_not_negative(name, getattr(self, name))
+        for name in ("inner_steps", "ascent_every"):
+            if not isinstance(count := getattr(self, name), int) or count < 1:
+                raise InputError(f"Invalid {name} value: {count}: it must be a whole number of 1 or more")
+        if not self.adaptive and (self.eta or self.scale_filter):
+            raise InputError("eta and scale_filter act only with adaptive=True: set it, use ASAM, or leave them out")
+        if self.inner_steps > 1 and not self.normalize:
+            raise InputError("inner_steps > 1 projects on a ball, and normalize=False has none: change one of the two")
+        if self.second_order and (self.inner_steps > 1 or 2 < self.p < math.inf):
+            # at p between 2 and inf, d eps / d g is infinite wherever an entry of g is 0
+            raise InputError("second_order=True needs inner_steps=1 and p at most 2, or inf")
+
+    def _check_filters(self) -> None:
+        for name in ("perturb_filter", "scale_filter"):
+            if (chosen := getattr(self, name)) and not any(map(chosen, self._params())):
+                raise InputError(f"{name} declines all {len(self._params())} tensors: let it return True for some")
+
+    def _check_step_options(self, ascent_closure: Any, scaler: Any, no_sync: Any) -> None:
+        if self.second_order and (scaler is not None or no_sync is not None):
+            raise InputError("second_order=True excludes scaler and no_sync: leave them out of step()")
+
+
+class ASAM(SAM):
+    r"""Adaptive SAM: `SAM` with `adaptive=True`, in whose ball a weight may move in proportion to its size.
+
+    .. math::
+        \epsilon = \rho \, T^2 g / \|T g\|_2, \qquad T = \operatorname{diag}(|w| + \eta), \quad g = \nabla L(w)
+
+    for p = 2; otherwise as for `SAM`.
+
+    Args:
+        params, base_optimizer: as for `SAM`.
+        rho: radius, relative to the weights.
+        eta: added to |w|, in units of the weights; with 0 a weight of exactly 0 is never perturbed.
+        **settings: `SAM`'s other keyword arguments (`scale_filter` above all) and those of the base optimiser.
+
+    Raises:
+        InputError: as `SAM`.
+
+    Source: Kwon et al. 2021, section 4 and algorithm 1. Their code scales weights and batch-norm gains but no biases;
+    davda54/sam, which coldenhoff2022 used, scales every tensor, with eta 0. Every tensor is the default here.
+
+    Example::
+
+        opt = ASAM(model.parameters(), torch.optim.SGD, rho=0.5, scale_filter=lambda w: w.ndim > 1, lr=0.1)
+        def closure():
+            opt.zero_grad()
+            loss = loss_fn(model(inputs), targets)
+            loss.backward()
+            return loss
+        loss = opt.step(closure)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.5,
+        *,
+        eta: float = 0.01,
+        **settings: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, adaptive=True, eta=eta, **settings)
+
+
+class AverageSAM(SAM):
+    r"""Average SAM: the gradient at a random point at distance rho, in place of the worst one.
+
+    .. math::
+        \epsilon = \rho \, T z / \|z\|_p, \qquad z \sim N(0, I)
+
+    with T and p as for `SAM`; eps = rho T z where `normalize` is False. Each step, and each shard, draws a new z over
+    all perturbed tensors from the optimiser's own generator, whose state is part of `state_dict`. There is one pass, so
+    a step costs what one of the base optimiser costs, and batch norm's running statistics are those of perturbed
+    weights.
+
+    Args:
+        params, base_optimizer: as for `SAM`.
+        rho: radius, in units of the weights.
+        seed: of the generator, which lives on the device of the parameters. Processes of one job that shall draw
+            different perturbations need different seeds.
+        **settings: `SAM`'s other keyword arguments and those of the base optimiser.
+
+    Raises:
+        InputError: as `SAM`; `inner_steps`, `second_order` and, in `step`, `ascent_closure` and `no_sync`, which need
+            an ascent.
+
+    Source: foret2021, C.5; boca2023, section 3, whose printed formula divides by the squared norm and whose code does
+    not.
+
+    Example::
+
+        opt = AverageSAM(model.parameters(), torch.optim.SGD, rho=0.5, seed=1, lr=0.1, momentum=0.9)
+        def closure():
+            opt.zero_grad()
+            loss = loss_fn(model(inputs), targets)
+            loss.backward()
+            return loss
+        loss_at_the_perturbed_point = opt.step(closure)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.5,
+        *,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho, **settings)
+        if self.inner_steps > 1 or self.second_order:
+            raise InputError("AverageSAM has no ascent: leave inner_steps at 1 and second_order at False")
+        self.seed = seed
+        self._generator: torch.Generator | None = None
+
+    @property
+    def in_second_pass(self) -> bool:
+        """False: the only pass of a step is the one at w + eps."""
+        return False
+
+    def perturbation(self) -> list[Tensor]:
+        """The eps of the next step; its draw is not used up."""
+        state = self._own_generator().get_state()
+        try:
+            return super().perturbation()
+        finally:
+            self._own_generator().set_state(state)
+
+    def _shard(self, ascent: Closure, descent: Pass, **_: Any) -> Tensor | float:
+        with self._kept(self._targets()):
+            self._climb()
+            return descent()
+
+    def _targets(self) -> list[tuple[Tensor, float]]:
+        return self._perturbable()
+
+    def _direction(
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor], scale: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], Tensor]:
+        generator = self._own_generator()
+        z = [torch.randn(w.shape, generator=generator, dtype=_wide_dtype(w), device=w.device) for w in weights]
+        norm = global_norm(z, self.p)
+        return _multiplied(z, _inverse(norm, self.norm_eps)) if self.normalize else z, norm
+
+    def _own_generator(self) -> torch.Generator:
+        if self._generator is None:  # made late: a model may move to its device after the optimiser is made
+            self._generator = torch.Generator(self._params()[0].device).manual_seed(self.seed)
+        return self._generator
+
+    def _own_state(self) -> dict[str, Any]:
+        return {**super()._own_state(), "generator": self._own_generator().get_state()}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        super()._load_own_state(state)
+        self._own_generator().set_state(state["generator"].cpu())  # a generator's state is a CPU tensor
+
+    def _check_step_options(self, ascent_closure: Any, scaler: Any, no_sync: Any) -> None:
+        if ascent_closure is not None or no_sync is not None:
+            raise InputError("AverageSAM has no ascent: leave ascent_closure and no_sync out of step()")
+
+
+# -------------------------------------------------------------------------------------------------- the mathematics
+
+
+def perturbation(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rho: float | Sequence[float],
+    *,
+    p: float = 2.0,
+    adaptive: bool = False,
+    eta: float = 0.0,
+    normalize: bool = True,
+    scale_filter: TensorFilter | None = None,
+    norm_eps: float = 0.0,
+) -> list[Tensor]:
+    """The perturbation of SAM: eps = rho T u, where u maximises <T g, u> over ||u||_p <= 1.
+
+    Args:
+        weights: w, a list of tensors; read only if `adaptive`.
+        grads: g, tensors of the same shapes.
+        rho: radius, one for all or one per tensor.
+        p, adaptive, eta, normalize, scale_filter, norm_eps: as for `SAM`.
+
+    Returns:
+        eps, tensors of the shapes of `grads`, float32 where those are float16 or bfloat16. Differentiable in `weights`
+        and `grads` where the gradient is not zero.
+
+    Source: foret2021, equation 2; Kwon et al. 2021, section 4.
+    """
+    scale = scales(weights, eta, scale_filter) if adaptive else [None] * len(grads)
+    u, _ = dual_vector(_times(grads, scale), p, normalize=normalize, norm_eps=norm_eps)
+    return stretch(u, scale, rho)
+
+
+def scales(weights: Sequence[Tensor], eta: float, scale_filter: TensorFilter | None = None) -> list[Tensor | None]:
+    """ASAM's T as a list of diagonals: |w| + eta, or None, for 1, where `scale_filter` declines the tensor."""
+    return [w.to(_wide_dtype(w)).abs() + eta if scale_filter is None or scale_filter(w) else None for w in weights]
+
+
+def dual_vector(
+    h: Sequence[Tensor], p: float = 2.0, *, normalize: bool = True, norm_eps: float = 0.0
+) -> tuple[list[Tensor], Tensor]:
+    r"""The u that maximises <h, u> over ||u||_p <= 1, all tensors taken together, and the dual norm ||h||_q.
+
+    .. math:: u = \operatorname{sign}(h) (|h| / \|h\|_q)^{q-1}, \qquad 1/p + 1/q = 1
+
+    u = 0 for h = 0. Without `normalize` the division is left out; `norm_eps` is added to the norm.
+
+    Source: foret2021, equation 2, with sign(0) = 0 for p = inf.
+    """
+    h = [t.to(_wide_dtype(t)) for t in h]
+    q = 1.0 if p == math.inf else p / (p - 1)
+    norm = global_norm(h, q)
+    if q == 1:
+        return list(torch._foreach_sign(h)), norm
+    u = _multiplied(h, _inverse(norm, norm_eps)) if normalize else h
+    if q != 2:
+        u = list(torch._foreach_mul(torch._foreach_sign(u), torch._foreach_pow(torch._foreach_abs(u), q - 1)))
+    return u, norm
+
+
+def project(u: Sequence[Tensor], p: float = 2.0) -> list[Tensor]:
+    """Brings u into the ball ||u||_p <= 1: to the nearest point for p = 2 and p = inf, radially for other p."""
+    if p == math.inf:
+        return list(torch._foreach_clamp_max(torch._foreach_clamp_min(u, -1.0), 1.0))
+    return _multiplied(u, global_norm(u, p).clamp(min=1.0).reciprocal())
+
+
+def stretch(u: Sequence[Tensor], scale: Sequence[Tensor | None], rho: float | Sequence[float]) -> list[Tensor]:
+    """rho T u, with one rho for all or one per tensor."""
+    return _times(torch._foreach_mul(u, rho), scale)
+
+
+def global_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """The norm of all tensors as one vector, a tensor without axes; not finite if an entry is not finite."""
+    if order in (1, 2, math.inf):
+        return _norm_of_norms(tensors, order)
+    # high powers of small entries underflow, so the largest entry is taken out first
+    largest = _norm_of_norms(tensors, math.inf)
+    return largest * _norm_of_norms(_multiplied(tensors, _inverse(largest)), order)
+
+
+def _norm_of_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
+    norms = torch._foreach_norm(tensors, order)
+    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+    return torch.linalg.vector_norm(torch.stack([norm.to(widest) for norm in norms]), order)
+
+
+def _inverse(norm: Tensor, norm_eps: float = 0.0) -> Tensor:
+    """1 / (norm + norm_eps); 0 for a norm of 0 or too small to invert, so that a zero gradient perturbs nothing."""
+    return torch.where(norm >= torch.finfo(norm.dtype).tiny, (norm + norm_eps).reciprocal(), 0.0)
+
+
+def _multiplied(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+    if factor.requires_grad:  # torch 2.15 cannot differentiate the foreach form in the factor for more than one tensor
+        return [t * factor for t in tensors]
+    return list(torch._foreach_mul(tensors, factor))
+
+
+def _times(tensors: Sequence[Tensor], scale: Sequence[Tensor | None]) -> list[Tensor]:
+    """Entry by entry; None stands for 1."""
+    products = list(tensors)
+    at = [index for index, one in enumerate(scale) if one is not None]
+    if at:
+        scaled = torch._foreach_mul([tensors[index] for index in at], [scale[index] for index in at])
+        for index, product in zip(at, scaled, strict=True):
+            products[index] = product
+    return products
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    """float32 for what is narrower: in half precision the squares of small entries and 1 / ||g|| are lost."""
+    return torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
+
+
+# -------------------------------------------------------------------------------------------------- parts of a step
+
+
+class _NotFiniteError(Exception):
+    """Ends a step whose ascent gradient is not finite; `loss` is that of the ascent."""
+
+    def __init__(self, loss: Tensor | float) -> None:
+        super().__init__("the ascent gradient is not finite")
+        self.loss = loss
+
+
+class _Saved(NamedTuple):
+    """What is perturbed: the weights, their radii and their copies at w."""
+
+    weights: list[Tensor]
+    rho: list[float]
+    at_w: list[Tensor]
+
+
+def _closure_list(closure: Any) -> list[Closure]:
+    closures = [closure] if callable(closure) else closure
+    if not isinstance(closures, list | tuple) or not closures or not all(map(callable, closures)):
+        raise InputError(
+            f"closure = {closure!r}: step() needs a function that zeroes the gradients, calls backward and returns the "
+            "loss, or a list of them, one per shard (first_step() and second_step() do without)"
+        )
+    return list(closures)
+
+
+def _shares(weights: Sequence[float] | None, num_shards: int) -> list[float]:
+    sizes = [1.0] * num_shards if weights is None else [float(weight) for weight in weights]
+    if len(sizes) != num_shards or not all(0 < size < math.inf for size in sizes):
+        raise InputError(f"weights = {sizes}: give one positive number for each of the {num_shards} closures")
+    return [size / sum(sizes) for size in sizes]
+
+
+def _loss_of(closure: Closure) -> Tensor | float:
+    loss = closure()
+    if loss is None:
+        raise InputError("closure returned None: it must return the loss")
+    return loss
+
+
+def _add_gradients(total: dict[Tensor, Tensor], weights: Sequence[Tensor], share: float) -> None:
+    """total += share * gradient; not every shard need reach every tensor."""
+    old = [w for w in weights if w in total]
+    new = [w for w in weights if w not in total]
+    if old:
+        torch._foreach_add_([total[w] for w in old], [w.grad for w in old], alpha=share)
+    if new:
+        total.update(zip(new, torch._foreach_mul([w.grad for w in new], share), strict=True))
+
+
+@contextmanager
+def _poisoned(weight: Tensor) -> Iterator[None]:
+    """Backward passes in this context give `weight` a gradient of NaN."""
+    handle = weight.register_hook(lambda grad: torch.full_like(grad, math.nan))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _rewinder(device: torch.device | None) -> Callable[[], None]:
+    """A function that puts torch's default generators, of the CPU and of `device`, back to where they are now; one that
+    does nothing for None."""
+    if device is None:
+        return lambda: None
+    generators: list[tuple[Tensor, Callable[[Tensor], None]]] = [(torch.get_rng_state(), torch.set_rng_state)]
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        generators.append((module.get_rng_state(device), partial(module.set_rng_state, device=device)))
+
+    def rewind() -> None:
+        for state, set_state in generators:
+            set_state(state)
+
+    return rewind
+
+
+def _dense(grads: list[Tensor]) -> list[Tensor]:
+    if any(grad.layout != torch.strided for grad in grads):
+        raise InputError("a gradient is sparse: make it dense, for example torch.nn.Embedding(..., sparse=False)")
+    return grads
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise InputError(f"Invalid {name} value: {value}: it must be 0 or a positive number")
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    _check_not_negative("rho", group["rho"])
+    params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    for param in params:
+        tensor = param[1] if isinstance(param, tuple) else param  # named parameters are pairs
+        if isinstance(tensor, Tensor) and (tensor.is_complex() or tensor.layout != torch.strided):
+            raise InputError(
+                f"params holds a tensor of {tensor.dtype} and {tensor.layout}: SAM takes real, dense ones; "
+                "use torch.view_as_real or Tensor.to_dense"
+            )
