@@ -44,9 +44,9 @@ class Study:
         """The verdict on a claim from these records."""
         return judge(claim, self.profile, self.store, self.arms, varied=self.varied)
 
-    def settings(self) -> pd.DataFrame:
+    def settings(self, cells: Sequence[str] | None = None, roles: Sequence[str] | None = None) -> pd.DataFrame:
         """What was run, one row per arm: the fields in which arms differ, and how many seeds have a finished record."""
-        frame = self.frame()
+        frame = self.frame(cells, roles)
         fields = [name for name in frame.columns if "." in name and frame[name].nunique(dropna=False) > 1]
         rows = frame.groupby(["cell", "role"], sort=False)
         table = rows[fields].first()

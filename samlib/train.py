@@ -1,7 +1,6 @@
 """`run(spec) -> Record`: the only training loop of the study, and the one step that needs a device."""
 
 import math
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -62,9 +61,9 @@ def train(spec: RunSpec, store: Store, device: torch.device) -> Record:
         training = Training.start(spec, device)
         training.resume(checkpoint)
         training.go_on(partial(training.save, checkpoint))
-    if training.status == "done":
-        save_tensors(store.weights_path(specs_of.key(spec)), training.model.state_dict())
-    return training.record()
+        if training.status == "done":
+            save_tensors(store.weights_path(specs_of.key(spec)), training.model.state_dict())
+        return training.record()
 
 
 def measure(spec: MeasureSpec, store: Store, device: torch.device) -> Record:
@@ -94,12 +93,14 @@ def check(spec: CheckSpec) -> Record:
 def trained_model(spec: RunSpec, store: Store, splits: data.Splits, device: torch.device) -> nn.Module:
     """The model a run ended with; trained again where its weights are gone (its record stays as it is)."""
     path = store.weights_path(specs_of.key(spec))
-    if not path.exists():
+    state = load_tensors(path)
+    if state is None:
         train(spec, store, device)
-    if not path.exists():
+        state = load_tensors(path)
+    if state is None:
         raise InputError(f"measure.parent = {specs_of.key(spec)} diverged, so there is no model to measure")
     model = build_model(spec, splits, device)
-    model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    model.load_state_dict(state)
     return model
 
 
@@ -237,12 +238,8 @@ class Training:
 
     def resume(self, path: Path) -> None:
         """Goes back to a checkpoint if there is one; the run is then the same as one that was never cut."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            return
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            print(f"checkpoint {path} cannot be read ({error}): the run starts over", file=sys.stderr)
+        state = load_tensors(path)
+        if state is None:
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -426,6 +423,18 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{time.monotonic_ns()}")
     torch.save(content, temporary)
     temporary.replace(path)
+
+
+def load_tensors(path: Path) -> dict[str, Any] | None:
+    """What `save_tensors` wrote, on the CPU; None if it is not there or cannot be read, which is said and set aside."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken pickle can raise anything
+        aside = path.replace(path.with_suffix(".unreadable"))
+        print(f"{path} cannot be read ({type(error).__name__}): moved to {aside}, made again", file=sys.stderr)
+        return None
 
 
 def _record(spec: Spec, status: str, started: float, *, device: torch.device, **content: Any) -> Record:

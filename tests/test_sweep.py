@@ -95,8 +95,8 @@ from samlib.spec import *
 from samlib.store import Store
 
 if __name__ == "__main__":
-    base = RunSpec(DataSpec(train_size=480), ModelSpec(width=4), OptimSpec("sam"), TrainSpec(epochs=40, batch_size=16))
-    specs = [dataclasses.replace(base, seed=seed) for seed in range(40)]
+    base = RunSpec(DataSpec(train_size=480), ModelSpec(width=4), OptimSpec("sam"), TrainSpec(epochs=6, batch_size=16))
+    specs = [dataclasses.replace(base, seed=seed) for seed in range(200)]
     try:
         sweep.run_all(specs, Store(Path({folder!r}), writable=True), workers=2, device="cpu")
     except KeyboardInterrupt:
@@ -110,7 +110,7 @@ def start_sweep(tmp_path):
     return subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.DEVNULL)
 
 
-def wait_for_records(store, process, count=1, seconds=60):
+def wait_for_records(store, process, count=1, seconds=90):
     for _ in range(seconds * 10):
         if len(store.recorded()) >= count:
             return
@@ -140,7 +140,7 @@ def test_cut_in_the_middle_every_record_is_whole_and_no_process_stays(tmp_path, 
         time.sleep(0.1)
     assert children_of(process.pid) == []
     found = store.recorded()
-    assert 1 <= len(found) < 40
+    assert 1 <= len(found) < 200
     assert all(store.load(key).status == "done" for key in found)
 
 

@@ -150,6 +150,7 @@ def test_a_checkpoint_that_cannot_be_read_starts_the_run_over(store, capsys):
     path.write_bytes(b"half a checkpoint")
     assert train.run(TINY, store, "cpu").status == "done"
     assert str(path) in capsys.readouterr().err
+    assert path.with_suffix(".unreadable").exists()
 
 
 def test_a_run_repeats_and_leaves_the_global_generator_alone(store, tmp_path):
