@@ -1,0 +1,410 @@
+"""Figures of the study: a frame goes in, a Figure comes out. Nothing is shown or written here.
+
+A method has one colour and one marker on every page; colours are those of Okabe and Ito, which readers with a colour
+vision deficiency can tell apart, and no figure relies on colour alone. Missing runs are left out and counted: labels
+and `caption` carry n. Every interval is Student's t over seeds, from `samlib.stats`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from samlib import stats
+from samlib.errors import InputError
+
+MEAN_INTERVAL = "95% t interval over seeds"
+PAIRED_INTERVAL = "95% t interval of the differences paired by seed"
+WIDTH = 7.2  # inches: the text width of the book
+INK, FAINT = "#333333", "#6b6b6b"
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a role looks. `varied` roles share the colour of their method: hollow markers, dashed lines."""
+
+    label: str
+    colour: str
+    marker: str
+    varied: bool = False
+
+    @property
+    def face(self) -> str:
+        return "white" if self.varied else self.colour
+
+    @property
+    def line(self) -> str:
+        return "--" if self.varied else "-"
+
+
+METHODS = {
+    "sgd": Style("SGD", "#0072B2", "o"),
+    "sam": Style("SAM", "#D55E00", "s"),
+    "asam": Style("ASAM", "#009E73", "^"),
+    "msam": Style("mSAM", "#CC79A7", "D"),
+    "average_sam": Style("average SAM", "#E69F00", "v"),
+    "mixup": Style("Mixup", "#56B4E9", "P"),
+}
+VARIED = {
+    "sgd_double": Style("SGD, twice the epochs", METHODS["sgd"].colour, "o", varied=True),
+    "sam_half": Style("SAM, half the epochs", METHODS["sam"].colour, "s", varied=True),
+}
+OUTCOMES = {
+    "reproduced": ("#009E73", "o", 6.5),
+    "not reproduced": ("#D55E00", "X", 7.0),
+    "inconclusive": ("#E69F00", "D", 5.5),
+    "not run": ("#b8b8b8", "_", 6.5),
+}  # outcome -> colour, marker, size of the marker
+METRICS = {
+    "test_accuracy_pct": "test accuracy (%)",
+    "validation_accuracy_pct": "validation accuracy (%)",
+    "train_accuracy_pct": "training accuracy (%)",
+    "test_error_pct": "test error (%)",
+    "test_loss": "test loss (nats)",
+    "validation_loss": "validation loss (nats)",
+    "train_loss": "training loss (nats)",
+    "lambda_max": "lambda_max, top Hessian eigenvalue",
+    "adversarial_sharpness": "sharpness, rise of the training loss (nats)",
+    "epoch": "epoch",
+}
+EPOCHS = {"best_test": "best test epoch", "best_validation": "best validation epoch"}
+
+
+# ---------------------------------------------------------------------------------------------- looks
+
+
+def style(role: str) -> Style:
+    """The look of a role; 'sam rho=0.4' and the like look as a variation of their method.
+
+    Raises:
+        InputError: the role belongs to no method of this study.
+    """
+    known = METHODS | VARIED
+    if role in known:
+        return known[role]
+    method, _, rest = role.partition(" ")
+    if method not in known:
+        raise InputError(f"role = {role!r} has no colour: add its method to samlib.plots.METHODS")
+    base = known[method]
+    return Style(f"{base.label}, {rest}", base.colour, base.marker, varied=True)
+
+
+def axis_label(metric: str) -> str:
+    """'test accuracy (%), best test epoch' for 'test_accuracy_pct@best_test'; a metric without words keeps its name."""
+    name, _, epoch = metric.partition("@")
+    words = METRICS.get(name, name)
+    return f"{words}, {EPOCHS.get(epoch, epoch)}" if epoch else words
+
+
+def difference_label(metric: str) -> str:
+    """Differences of per cent are percentage points."""
+    return f"difference of {axis_label(metric).replace('(%)', '(percentage points)')}"
+
+
+def drawn(function: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draws in the style of the study, and takes the figure out of pyplot, so that a page shows it once, or not at all
+    after an error."""
+
+    @wraps(function)
+    def styled(*args: object, **kwargs: object) -> Figure:
+        others = set(plt.get_fignums())
+        try:
+            with _looks():
+                return function(*args, **kwargs)
+        finally:
+            for number in set(plt.get_fignums()) - others:
+                plt.close(number)
+
+    return styled
+
+
+@contextmanager
+def _looks() -> Iterator[None]:
+    ours = {
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.labelsize": 9,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": "#bbbbbb",
+        "axes.titlelocation": "left",
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "legend.fontsize": 8.5,
+        "legend.frameon": False,
+        "grid.color": "#e6e6e6",
+        "grid.linewidth": 0.8,
+        "figure.dpi": 120,
+        "savefig.dpi": 160,
+    }
+    with plt.rc_context(), sns.axes_style("whitegrid"), plt.rc_context(ours):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+@drawn
+def paired_differences(frame: pd.DataFrame, metric: str, pairs: Sequence[tuple[str, str]]) -> Figure:
+    """One row per cell and pair of roles: a dot per seed, the mean difference a - b with its 95% interval, a zero line.
+
+    Args:
+        frame: one row per run, with cell, role, seed, status and the metric; see `Store.frame`.
+        pairs: (a, b) roles. A pair without a finished seed in common keeps its row, marked n = 0.
+
+    Raises:
+        InputError: the frame lacks a column, or a role has no colour.
+    """
+    done = finished(frame, metric)
+    rows = [(cell, a, b) for cell in frame["cell"].unique() for a, b in pairs]
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.8 + 0.36 * len(rows)), layout="constrained")
+    axes.axvline(0, color=INK, linewidth=1, zorder=1)
+    counts = []
+    for height, (cell, a, b) in enumerate(rows):
+        gaps = stats.differences(_by_seed(done, cell, a, metric), _by_seed(done, cell, b, metric))
+        counts.append(_value_row(axes, height, style(a), list(gaps.values())))
+        if height % len(pairs) == 0 and height:
+            axes.axhline(height - 0.5, color="#e6e6e6", linewidth=0.8)
+    _rows_of_text(axes, [f"{cell}: {style(a).label} − {style(b).label}" for cell, a, b in rows])
+    _counts_at_the_right(axes, counts)
+    axes.set_xlabel(difference_label(metric))
+    return figure
+
+
+@drawn
+def curves(history: pd.DataFrame, metric: str, *, reference: Mapping[str, float] | None = None) -> Figure:
+    """A metric against the epoch, one panel per cell: mean over seeds of each role with its 95% band.
+
+    Args:
+        history: one row per run and epoch, with cell, role, seed, epoch and the metric; see `Store.history`.
+        reference: cell -> value of a horizontal line, the accuracy SGD would have had if stopped in time.
+
+    Raises:
+        InputError: the history lacks a column, or a role has no colour.
+    """
+    _need(history, ("cell", "role", "seed", "epoch", metric))
+    cells = list(history["cell"].unique())
+    figure, panels = _panels(cells, height=3.0)
+    for cell, axes in zip(cells, panels, strict=True):
+        here = history[history["cell"] == cell]
+        for role in here["role"].unique():
+            _curve(axes, style(role), here[here["role"] == role], metric)
+        if reference is not None and cell in reference:
+            line = {"color": FAINT, "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
+            axes.axhline(reference[cell], label="SGD, stopped at its best validation epoch", **line)
+        axes.set_xlabel(axis_label("epoch"))
+        axes.set_xlim(left=0)
+    panels[0].set_ylabel(axis_label(metric))
+    _legend_below(figure, panels)
+    return figure
+
+
+@drawn
+def by_role(frame: pd.DataFrame, metric: str) -> Figure:
+    """A metric by role, one panel per cell: a faint dot per seed, the mean with its 95% interval.
+
+    Args:
+        frame: one row per run, with cell, role, seed, status and the metric; see `Store.frame`. A role without a
+            finished seed keeps its row, marked n = 0.
+
+    Raises:
+        InputError: the frame lacks a column, or a role has no colour.
+    """
+    done = finished(frame, metric)
+    cells, roles = list(frame["cell"].unique()), list(frame["role"].unique())
+    figure, panels = _panels(cells, height=1.0 + 0.4 * len(roles))
+    for cell, axes in zip(cells, panels, strict=True):
+        counts = [
+            _value_row(axes, height, style(role), list(_by_seed(done, cell, role, metric).values()))
+            for height, role in enumerate(roles)
+        ]
+        _rows_of_text(axes, [style(role).label for role in roles])
+        _counts_at_the_right(axes, counts)
+        axes.set_xlabel(axis_label(metric))
+    return figure
+
+
+@drawn
+def scoreboard(rows: Iterable[Mapping[str, object]] | pd.DataFrame) -> Figure:
+    """Every claim with its outcome, one panel per paper, and the number of claims by outcome.
+
+    Args:
+        rows: one per claim, with claim, paper, outcome and miniature; see `claims.row`.
+
+    Raises:
+        InputError: a column is absent or an outcome unknown.
+    """
+    table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+    _need(table, ("claim", "paper", "outcome", "miniature"))
+    unknown = set(table["outcome"]) - OUTCOMES.keys()
+    if unknown:
+        raise InputError(f"outcome = {sorted(unknown)} is unknown: use one of {', '.join(OUTCOMES)}")
+    papers = table["paper"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    lines = papers.iloc[::2].tolist()  # two papers beside each other, the longer one first
+    height = 0.6 + 0.175 * (sum(lines) + 2 * len(lines))
+    looks = {"layout": "constrained", "squeeze": False, "height_ratios": lines}
+    figure, grid = plt.subplots(len(lines), 2, figsize=(WIDTH, height), **looks)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for place, (paper, axes) in enumerate(zip(papers.index, grid.flat, strict=False)):
+        _claims_of(axes, paper, table[table["paper"] == paper], lines[place // 2])
+    figure.legend(handles=_outcome_handles(table["outcome"]), loc="outside upper left", ncols=len(OUTCOMES))
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------- words beside a figure
+
+
+def caption(what: str, n: Iterable[int], interval: str = MEAN_INTERVAL) -> str:
+    """What is shown, then n and the kind of interval: no figure goes without the two.
+
+    Args:
+        n: seeds (or pairs) behind each mean; see `seeds`.
+
+    Raises:
+        InputError: no n is given.
+    """
+    counts = sorted(set(n))
+    if not counts:
+        raise InputError("n is empty: a caption says how many seeds each mean stands for")
+    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{what.rstrip('.')}. Means with {interval}; n = {span}."
+
+
+def seeds(frame: pd.DataFrame, metric: str) -> list[int]:
+    """Number of finished seeds of each arm of a frame, for `caption`; 0 for an arm without any."""
+    arms = frame[["cell", "role"]].drop_duplicates().itertuples(index=False)
+    done = finished(frame, metric)
+    return [len(_by_seed(done, arm.cell, arm.role, metric)) for arm in arms]
+
+
+def alt_text(figure: Figure, what: str) -> str:
+    """A description for readers who cannot see the figure: what it shows, then panels, axes and series."""
+    axes = [panel for panel in figure.axes if panel.axison or panel.get_title(loc="left")]
+    titles = [title for panel in axes if (title := panel.get_title(loc="left"))]
+    panels = f"{len(axes)} panels" if len(axes) > 1 else "One panel"
+    sentences = [what.rstrip("."), panels + (f": {', '.join(titles)}" if titles else "")]
+    sentences += [f"Horizontal axis: {text}" for text in _once(panel.get_xlabel() for panel in axes)]
+    sentences += [f"Vertical axis: {text}" for text in _once(panel.get_ylabel() for panel in axes)]
+    rows = _once(tick.get_text() for panel in axes for tick in panel.get_yticklabels() if _is_words(tick.get_text()))
+    sentences += [f"Rows: {'; '.join(rows)}"] if rows else []
+    series = _once(text.get_text() for legend in figure.legends for text in legend.get_texts())
+    sentences += [f"Series: {'; '.join(series)}"] if series else []
+    return ". ".join(sentences) + "."
+
+
+def _once(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def _is_words(text: str) -> bool:
+    return any(character.isalpha() for character in text)
+
+
+# ---------------------------------------------------------------------------------------------- parts of figures
+
+
+def finished(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The runs that are done and hold the metric."""
+    _need(frame, ("cell", "role", "seed", "status", metric))
+    values = frame[metric].astype(float)
+    return frame[(frame["status"] == "done") & np.isfinite(values)]
+
+
+def _need(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    absent = [name for name in columns if name not in frame]
+    if absent:
+        raise InputError(
+            f"frame has no column {', '.join(map(repr, absent))}: it has {', '.join(map(str, frame.columns))}"
+        )
+
+
+def _by_seed(done: pd.DataFrame, cell: str, role: str, metric: str) -> dict[int, float]:
+    rows = done[(done["cell"] == cell) & (done["role"] == role)]
+    return dict(zip(rows["seed"], rows[metric].astype(float), strict=True))
+
+
+def _panels(cells: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
+    if not len(cells):
+        raise InputError("frame is empty: there is nothing to draw")
+    width = WIDTH if len(cells) > 1 else WIDTH * 0.62
+    figure, grid = plt.subplots(
+        1, len(cells), figsize=(width, height), layout="constrained", sharey=True, squeeze=False
+    )
+    for cell, axes in zip(cells, grid.flat, strict=True):
+        axes.set_title(cell)
+        sns.despine(ax=axes)
+    return figure, list(grid.flat)
+
+
+def _value_row(axes: Axes, height: int, look: Style, values: Sequence[float]) -> int:
+    """Dots, mean and interval on one horizontal line; returns n. Dots are spread so that equal values stay visible."""
+    spread = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(len(values))
+    axes.scatter(values, height + spread, s=14, color=look.colour, alpha=0.4, linewidths=0, zorder=2)
+    if values:
+        found = stats.mean(values)
+        ends = {"marker": "|", "markersize": 9, "markeredgewidth": 1.6}
+        axes.plot([found.low, found.high], [height, height], color=look.colour, linewidth=1.6, zorder=3, **ends)
+        marks = {"markerfacecolor": look.face, "markeredgecolor": look.colour, "markeredgewidth": 1.4}
+        axes.plot(found.estimate, height, look.marker, markersize=5.5, zorder=4, **marks)
+    return len(values)
+
+
+def _rows_of_text(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    sns.despine(ax=axes, left=True)
+
+
+def _counts_at_the_right(axes: Axes, counts: Sequence[int]) -> None:
+    for height, n in enumerate(counts):
+        where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (2, 0)}
+        axes.annotate(f"n = {n}", (1, height), va="center", fontsize=7.5, color=FAINT, annotation_clip=False, **where)
+
+
+def _curve(axes: Axes, look: Style, rows: pd.DataFrame, metric: str) -> None:
+    points = {
+        epoch: stats.mean(group[metric].astype(float).tolist())
+        for epoch, group in rows.dropna(subset=[metric]).groupby("epoch")
+    }
+    epochs, found = list(points), list(points.values())
+    marks = {
+        "marker": look.marker,
+        "markersize": 4.5,
+        "markerfacecolor": look.face,
+        "markevery": max(1, len(epochs) // 6),
+    }
+    axes.plot(epochs, [point.estimate for point in found], look.line, color=look.colour, label=look.label, **marks)
+    low, high = [point.low for point in found], [point.high for point in found]
+    axes.fill_between(epochs, low, high, color=look.colour, alpha=0.18, linewidth=0)
+
+
+def _legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
+    entries = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, len(entries)))
+
+
+def _outcome_handles(outcomes: pd.Series) -> list[plt.Line2D]:
+    return [
+        plt.Line2D([], [], color=colour, marker=marker, markersize=size, linestyle="", label=f"{name} ({count})")
+        for name, (colour, marker, size) in OUTCOMES.items()
+        for count in [(outcomes == name).sum()]
+    ]
+
+
+def _claims_of(axes: Axes, paper: str, claims: pd.DataFrame, lines: int) -> None:
+    axes.set_title(paper, fontweight="bold")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(lines - 0.5, -0.5)
+    for height, claim in enumerate(claims.itertuples()):
+        colour, marker, size = OUTCOMES[claim.outcome]
+        axes.plot(0.015, height, marker, color=colour, markersize=size, clip_on=False)
+        name = claim.claim.partition("-")[2] + (" (miniature)" if claim.miniature else "")
+        axes.text(0.06, height, name, va="center", fontsize=7.5, color=FAINT if claim.outcome == "not run" else INK)
