@@ -416,9 +416,9 @@ def sam_wins_with_half_the_epochs(evidence: Evidence) -> Decision:
 
 def best_epoch(evidence: Evidence, a: str, b: str, printed: float) -> list[Part]:
     """coldenhoff2022 prints the best test epoch (E-C1), which chooses the epoch by the test set: for information."""
-    column, name = "test_accuracy_pct@best_test", "best test epoch"
+    metric, name = "test_accuracy_pct@best_test", "best test epoch"
     return [
-        for_information(difference(evidence, cell, column, a, b, name=f"{cell}, {name}", printed=printed))
+        for_information(difference(evidence, cell, metric, a, b, name=f"{cell}, {name}", printed=printed))
         for cell in evidence.cells
     ]
 
