@@ -14,8 +14,8 @@ export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-# Stored notebooks and tests see one instruction set, whatever the processor, and no GPU.
-PINNED := env ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0
+# Tests, stored notebooks and the quick profile see one instruction set, whatever the processor, and no GPU.
+PINNED := env $(shell cat scripts/pinned.env)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval_sanitize.cfg
 STRIP := --keep-output --keep-count \
 	--extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"

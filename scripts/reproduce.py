@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from samlib.store import open_store
 ROOT = Path(__file__).resolve().parent.parent
 # One thread per process: the sweep fills the machine with processes, and sums come out in one order.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# The quick profile runs on a CPU and with one basic instruction set, so that machines agree.
+PINNED = dict(line.split("=", 1) for line in (ROOT / "scripts" / "pinned.env").read_text().split())
 BAD_INPUT, FLIP, INTERRUPTED = 2, 3, 130
 
 MEANING = {
@@ -44,19 +46,19 @@ class Step:
     arguments: tuple[str, ...]
     verdict: bool = False
 
-    def run(self) -> int:
+    def run(self, variables: Mapping[str, str]) -> int:
         """Exit code of the whole chain if it ended with this step."""
         print(f"== {self.title}", flush=True)
         started = time.monotonic()
-        code = wait_for([sys.executable, *self.arguments])
+        code = wait_for([sys.executable, *self.arguments], os.environ | variables)
         print(f"== {self.title}: {time.monotonic() - started:.0f} s\n", flush=True)
         kept = (0, BAD_INPUT, FLIP) if self.verdict else (0, BAD_INPUT)
         return code if code in kept else 1
 
 
-def wait_for(command: Sequence[str]) -> int:
+def wait_for(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Exit code of a command. An interruption is passed on to it once, and it gets the time to tidy up."""
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ONE_THREAD, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     note.unlink(missing_ok=True)
     started = time.time()
     try:
-        code = run_steps(steps(profile, runs))
+        code = run_steps(steps(profile, runs), variables(profile))
     except KeyboardInterrupt:
         print(f"\ninterrupted: `make reproduce PROFILE={profile}` goes on from here", file=sys.stderr)
         return INTERRUPTED
@@ -110,10 +112,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def run_steps(chain: Sequence[Step]) -> int:
+def variables(profile: str) -> dict[str, str]:
+    """What every step finds in its environment."""
+    return ONE_THREAD | PINNED if profile == "quick" else ONE_THREAD
+
+
+def run_steps(chain: Sequence[Step], variables: Mapping[str, str]) -> int:
     """Runs the steps until one fails; its exit code, or 0."""
     for step in chain:
-        if code := step.run():
+        if code := step.run(variables):
             return code
     return 0
 

@@ -33,11 +33,11 @@ def chain(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("code", "outcome"), [(0, 0), (1, 1), (2, 2), (3, 1), (77, 1)])
 def test_a_step_that_fails_ends_with_1_and_bad_input_with_2(code, outcome):
-    assert ending(code).run() == outcome
+    assert ending(code).run({}) == outcome
 
 
 def test_only_the_comparison_may_end_with_3():
-    assert ending(3, verdict=True).run() == 3
+    assert ending(3, verdict=True).run({}) == 3
     assert [step.verdict for step in reproduce.steps("quick", Path("runs"))] == [False, False, False, True]
 
 
@@ -64,10 +64,23 @@ def test_a_book_of_an_earlier_run_is_not_announced(chain, tmp_path, capsys):
     assert (html / "index.html").as_uri() in capsys.readouterr().out
 
 
-def test_every_step_has_one_thread(chain, tmp_path):
-    seen = tmp_path / "threads"
-    chain(ending(0, then=f"open({str(seen)!r}, 'w').write(os.environ['OMP_NUM_THREADS'])"))
-    assert seen.read_text() == "1"
+def test_every_step_has_one_thread_and_on_quick_one_instruction_set_and_no_gpu(chain, tmp_path):
+    seen = tmp_path / "seen"
+    names = ("OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES")
+    chain(ending(0, then=f"open({str(seen)!r}, 'w').write(repr([os.environ[name] for name in {names}]))"))
+    assert seen.read_text() == "['1', 'default', '']"
+
+
+def test_the_gpu_profile_sees_the_gpu():
+    assert "CUDA_VISIBLE_DEVICES" not in reproduce.variables("gpu")
+    assert reproduce.variables("gpu")["OMP_NUM_THREADS"] == "1"
+
+
+def test_make_and_the_driver_pin_the_same():
+    makefile = (SCRIPTS.parent / "Makefile").read_text()
+    assert "PINNED := env $(shell cat scripts/pinned.env)" in makefile
+    exported = dict(line.split()[1::2] for line in makefile.splitlines() if line.startswith("export "))
+    assert exported == reproduce.ONE_THREAD
 
 
 def test_an_unknown_profile_is_bad_input_and_nothing_is_written(tmp_path, monkeypatch, capsys):
