@@ -363,8 +363,8 @@ def effective_jacobian(evidence: Evidence) -> Decision:
 
 
 TOY_SEEDS = 10
-# A run is just stable at an edge_ratio of 1. The tolerance was fixed before any run of the study; on seeds 1000 to 1029,
-# which belong to no verdict, the check ends between 0.957 and 1.018.
+# A run is just stable at an edge_ratio of 1. The tolerance was fixed before any run of the study; on seeds 1000 to
+# 1029, which belong to no verdict, the check ends between 0.957 and 1.018.
 AT_THE_EDGE = (0.9, 1.1)
 
 
@@ -381,7 +381,7 @@ def edge_of_stability(evidence: Evidence) -> Decision:
 
 
 def distance_from_the_edge(evidence: Evidence, cell: str, role: str) -> Part:
-    """Mean edge_ratio of an arm. The theorem speaks of the edge of stability: with one run elsewhere nothing follows."""
+    """Mean edge_ratio of an arm. The theorem speaks of the edge of stability: one run elsewhere, and nothing follows."""
     ratios = column(evidence, cell, role, "edge_ratio", ("done",))
     away = [seed for seed, ratio in ratios.items() if not AT_THE_EDGE[0] <= ratio <= AT_THE_EDGE[1]]
     if away:
