@@ -381,7 +381,7 @@ def edge_of_stability(evidence: Evidence) -> Decision:
 
 
 def distance_from_the_edge(evidence: Evidence, cell: str, role: str) -> Part:
-    """Mean edge_ratio of an arm. The theorem speaks of the edge of stability: one run elsewhere, and nothing follows."""
+    """Mean edge_ratio of an arm. The theorem is about the edge of stability: one run elsewhere, and nothing follows."""
     ratios = column(evidence, cell, role, "edge_ratio", ("done",))
     away = [seed for seed, ratio in ratios.items() if not AT_THE_EDGE[0] <= ratio <= AT_THE_EDGE[1]]
     if away:
