@@ -1,0 +1,16 @@
+"""Measures of a model's loss surface: plain values in, plain floats out.
+
+::
+
+    loss = WeightLoss(model, inputs, targets)       the loss as a function of the weights
+    lambda_max(loss)                                top eigenvalue of its Hessian
+    adversarial(loss, rho=0.05, shard_size=128)     rise of the loss at the worst point of a ball
+    effective_perturbation(w, eps, "bf16")          what is left of a perturbation after rounding
+"""
+
+from samlib.measures.hessian import lambda_max
+from samlib.measures.loss import WeightLoss
+from samlib.measures.precision import effective_perturbation
+from samlib.measures.sharpness import adversarial
+
+__all__ = ["WeightLoss", "adversarial", "effective_perturbation", "lambda_max"]
