@@ -254,7 +254,7 @@ class SAM(Optimizer):
         if pairs:
             weights, rho = zip(*pairs, strict=True)
             scale = self._scales(weights)
-            u, _ = self._direction(weights, [w.grad for w in weights], scale)
+            u, _ = self._direction(weights, self._gradients(weights), scale)
             eps = dict(zip(weights, stretch(u, scale, rho), strict=True))
         return [eps[w] if w in eps else torch.zeros_like(w) for w in self._params()]
 
@@ -356,10 +356,7 @@ class SAM(Optimizer):
         for inner_step in range(self.inner_steps):
             if inner_step:
                 later_pass()
-            grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-            if loss_scale != 1:
-                grads = torch._foreach_mul(grads, 1 / loss_scale)
-            direction, norm = self._direction(weights, grads, scale)
+            direction, norm = self._direction(weights, self._gradients(weights, loss_scale), scale)
             if not torch.isfinite(norm):
                 return False
             if inner_step:
@@ -459,6 +456,11 @@ class SAM(Optimizer):
 
     def _scales(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         return scales(weights, self.eta, self.scale_filter) if self.adaptive else [None] * len(weights)
+
+    def _gradients(self, weights: Sequence[Tensor], loss_scale: float = 1.0) -> Sequence[Tensor]:
+        """What the ascent follows; zero where a further inner step no longer reaches a tensor."""
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        return grads if loss_scale == 1 else torch._foreach_mul(grads, 1 / loss_scale)
 
     def _direction(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], scale: Sequence[Tensor | None]
@@ -625,6 +627,9 @@ class AverageSAM(SAM):
 
     def _targets(self) -> list[tuple[Tensor, float]]:
         return self._perturbable()
+
+    def _gradients(self, weights: Sequence[Tensor], loss_scale: float = 1.0) -> Sequence[Tensor]:
+        return []
 
     def _direction(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], scale: Sequence[Tensor | None]

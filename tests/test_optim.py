@@ -146,6 +146,7 @@ def test_asam_is_invariant_to_rescaling_of_weights():
 # ------------------------------------------------------------------------------------- the perturbation as a maximiser
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=80)
 NORMS = st.one_of(st.sampled_from([1.5, 2.0, 4.0, math.inf]), st.floats(1.05, 50))
 
 
@@ -155,7 +156,7 @@ def gradients(draw):
     dtype = draw(st.sampled_from(list(DTYPES)))
     shapes = draw(st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    size = 10.0 ** draw(st.integers(-3, 3) if dtype is torch.float16 else st.integers(-12, 12))
+    size = 10.0 ** draw(st.integers(-3, 3) if dtype is torch.float16 else st.integers(-17, 17))
     return [(torch.randn(shape, generator=generator, dtype=torch.float64) * size).to(dtype) for shape in shapes]
 
 
@@ -167,7 +168,7 @@ def norm(tensors, p):
     return torch.linalg.vector_norm(flat(tensors), p).item()
 
 
-@settings(deadline=None, max_examples=150)
+@PROPERTY
 @given(grads=gradients(), p=NORMS, rho=st.floats(1e-3, 10))
 def test_eps_has_norm_rho_and_reaches_the_dual_norm(grads, p, rho):
     eps = perturbation([], grads, rho, p=p)
@@ -177,7 +178,7 @@ def test_eps_has_norm_rho_and_reaches_the_dual_norm(grads, p, rho):
     assert (flat(eps) @ flat(grads)).item() == pytest.approx(rho * norm(grads, q), rel=tolerance)
 
 
-@settings(deadline=None, max_examples=50)
+@PROPERTY
 @given(grads=gradients(), p=NORMS, seed=st.integers(0, 2**20))
 def test_no_other_direction_in_the_ball_rises_faster(grads, p, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +190,7 @@ def test_no_other_direction_in_the_ball_rises_faster(grads, p, seed):
     assert (others @ flat(grads)).max().item() <= best * (1 + 1e-3)
 
 
-@settings(deadline=None, max_examples=60)
+@PROPERTY
 @given(grads=gradients(), p=NORMS, rhos=st.lists(st.sampled_from([0.0, 0.01, 0.5]), min_size=4, max_size=4))
 def test_one_norm_over_all_groups_but_those_with_rho_zero(grads, p, rhos):
     params = [nn.Parameter(torch.zeros_like(g)) for g in grads]
@@ -205,7 +206,7 @@ def test_one_norm_over_all_groups_but_those_with_rho_zero(grads, p, rhos):
         assert norm(opt.perturbation(), p) == pytest.approx(perturbed[0][1], rel=1e-3)
 
 
-@settings(deadline=None, max_examples=60)
+@PROPERTY
 @given(grads=gradients(), p=NORMS)
 def test_projection_ends_in_the_ball_and_leaves_what_is_inside(grads, p):
     inside = project(grads, p)
@@ -237,6 +238,10 @@ def test_norm_eps_is_added_to_the_norm():
 def test_a_mixture_of_dtypes_has_one_norm():
     g = [torch.full((3,), 0.5, dtype=dtype) for dtype in DTYPES]
     assert norm(perturbation([], g, 0.2), 2) == pytest.approx(0.2, rel=1e-6)
+    w = [torch.full((3,), 0.3, dtype=dtype) for dtype in DTYPES]
+    eps = perturbation(w, g, 0.2, adaptive=True, eta=0.01)
+    relative = [e / (t.double() + 0.01) for e, t in zip(eps, w, strict=True)]
+    assert norm(relative, 2) == pytest.approx(0.2, rel=1e-6)
 
 
 def test_global_norm_is_not_finite_if_an_entry_is_not():
@@ -384,6 +389,31 @@ def test_inner_steps_stay_in_the_ball_and_climb(p):
     assert points[-1][1] > points[0][1]
     assert points[-1][1] >= points[1][1]
     assert_equal([flat(parts)], [start])
+
+
+def test_unnormalised_sam_on_a_diagonal_network():
+    """f = (u^2 - v^2)' x: one example's ascent multiplies u by 1 + 2 rho r x, with r the residual (Andriushchenko and
+    Flammarion 2022, whose recurrence this is)."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, rho, lr = torch.randn(5, generator=generator, dtype=torch.float64), 1.5, 0.05, 0.02
+    u, v = (nn.Parameter(torch.full((5,), 0.4, dtype=torch.float64)) for _ in range(2))
+    opt = SAM([u, v], SGD, rho=rho, normalize=False, lr=lr)
+
+    def closure():
+        opt.zero_grad()
+        loss = 0.5 * ((u * u - v * v) @ x - y) ** 2
+        loss.backward()
+        return loss
+
+    a, b = u.detach().clone(), v.detach().clone()
+    for _ in range(30):
+        opt.step(closure)
+        r = (a * a - b * b) @ x - y
+        up, down = a * (1 + 2 * rho * r * x), b * (1 - 2 * rho * r * x)
+        r = (up * up - down * down) @ x - y
+        a, b = a - 2 * lr * r * x * up, b + 2 * lr * r * x * down
+    assert_close([u.detach(), v.detach()], [a, b])
+    assert abs(r) < 0.5
 
 
 # ----------------------------------------------------------------------------------------------------- shards and n-SAM
@@ -609,9 +639,30 @@ def test_second_order_at_a_zero_gradient_and_on_a_linear_loss():
     assert torch.equal(w, torch.zeros(2).double())
     v = parameter(1.0, 2.0)
     linear = SAM([v], SGD, second_order=True, lr=0.1)
-    linear.step(lambda: v.sum())
-    assert_close(v.detach(), vector(0.9, 1.9))
+    for _ in range(2):  # these closures leave the gradients to step(), too
+        linear.step(lambda: v.sum())
+    assert_close(v.detach(), vector(0.8, 1.8))
     assert opt.skipped_steps == linear.skipped_steps == 0
+
+
+def test_second_order_with_an_ascent_on_its_own_data():
+    """b is in the ascent's loss alone: its whole gradient comes by way of eps."""
+
+    def ascent_loss(a, b):
+        return (a * b * b).sum() + (a * a).sum()
+
+    def descent_loss(a):
+        return 0.5 * (CURVATURE * a * a).sum()
+
+    a, b = parameter(1.0, -0.5), parameter(0.3, 2.0)
+    opt = SAM([a, b], SGD, rho=0.2, second_order=True, lr=1.0)
+    leaves = [w.detach().clone().requires_grad_() for w in (a, b)]
+    grads = torch.autograd.grad(ascent_loss(*leaves), leaves, create_graph=True)
+    eps = 0.2 * grads[0] / torch.cat(grads).norm()
+    expected = torch.autograd.grad(descent_loss(leaves[0] + eps), leaves)
+    opt.step(lambda: descent_loss(a), ascent_closure=lambda: ascent_loss(a, b))
+    for w, leaf, grad in zip((a, b), leaves, expected, strict=True):
+        assert_close(w.detach(), leaf.detach() - grad)
 
 
 def test_second_order_trains_a_network_with_batch_norm():
@@ -779,7 +830,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(bad, bad_pass, form, p):
     assert not opt.state
     calls += [None] * 2
     opt.step(inner)
-    assert opt.skipped_steps == 1
+    assert opt.state_dict()["sam"] == {"steps": 2, "skipped_steps": 1}
     assert w[0] < 1
 
 
@@ -842,6 +893,12 @@ def test_average_sam_draws_gaussian_directions_from_its_own_generator():
     normalised = AverageSAM([w], SGD, rho=2.0, seed=3, lr=0.1).perturbation()[0]
     assert_close(normalised, 2 * z / z.norm(), 1e-6)
     assert not torch.equal(AverageSAM([w], SGD, rho=2.0, seed=4, lr=0.1).perturbation()[0], normalised)
+
+
+def test_frozen_tensors_are_not_perturbed():
+    w, frozen = parameter(1.0), parameter(1.0).requires_grad_(False)
+    eps = AverageSAM([w, frozen], SGD, rho=0.3, lr=0.1).perturbation()
+    assert_close([eps[0].abs(), eps[1]], [vector(0.3), vector(0.0)])
 
 
 def test_every_step_and_every_shard_draws_anew():
