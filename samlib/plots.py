@@ -54,6 +54,7 @@ METHODS = {
 }
 VARIED = {
     "sgd_double": Style("SGD, twice the epochs", METHODS["sgd"].colour, "o", varied=True),
+    "sgd_tuned": Style("SGD, learning rate tuned", METHODS["sgd"].colour, "X", varied=True),
     "sam_half": Style("SAM, half the epochs", METHODS["sam"].colour, "s", varied=True),
 }
 OUTCOMES = {

@@ -9,19 +9,11 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from samlib import published, stats
-from samlib.claims import INFORMATION, Part, Verdict
+from samlib import plots, published, stats
+from samlib.claims import INFORMATION, Part, Verdict, part_text
 from samlib.claims import row as verdict_row
 from samlib.stats import Interval
 from samlib.study import Study
-
-ROLE_NAMES = {
-    "sgd": "SGD",
-    "sam": "SAM",
-    "msam": "mSAM",
-    "sgd_double": "SGD, twice the epochs",
-    "sam_half": "SAM, half the epochs",
-}
 
 # ---------------------------------------------------------------------------------------------- verdicts
 
@@ -38,15 +30,13 @@ def verdict_text(verdict: Verdict) -> str:
     ]
     outcome = f"**{verdict.outcome}**" + (f" ({', '.join(marks)})" if marks else "")
     lines = [f"- {outcome}: {claim.statement} *({claim.paper}, {claim.where}; `{verdict.claim}`)*"]
-    lines += [f"    - {part_text(part)}" for part in verdict.parts if part.outcome != INFORMATION]
+    lines += [f"    - {part_line(part)}" for part in verdict.parts if part.outcome != INFORMATION]
     return "\n".join([*lines, f"    - {verdict.reason}"])
 
 
-def part_text(part: Part) -> str:
-    """One compared statistic in words: what, how much, with which interval and n."""
-    interval = "" if math.isnan(part.low) else f" [{number(part.low)}, {number(part.high)}]"
-    printed = "" if part.published is None else f"; the paper: {number(part.published)}"
-    return f"{part.name}: {part.statistic}: {number(part.estimate)}{interval}, n = {part.n}{printed}"
+def part_line(part: Part) -> str:
+    """One compared statistic with its interval and n, and what the paper prints for it."""
+    return part_text(part) + ("" if part.published is None else f"; the paper: {part.published:.4g}")
 
 
 def scoreboard(verdicts: Iterable[Verdict]) -> pd.DataFrame:
@@ -55,6 +45,16 @@ def scoreboard(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     table = pd.DataFrame([verdict_row(verdict) for verdict in verdicts])
     table["outcome"] = table["outcome"] + table["miniature"].map({True: " (miniature)", False: ""})
     return table[list(columns)].set_index("claim")
+
+
+def caption(what: str, frame: pd.DataFrame, metric: str, interval: str = plots.MEAN_INTERVAL) -> str:
+    """The caption of a figure in Markdown, with n from the frame it shows."""
+    return f"*{plots.caption(what, plots.seeds(frame, metric), interval)}*"
+
+
+def digests(verdicts: Iterable[Verdict]) -> pd.DataFrame:
+    """The digest of the rule behind each verdict."""
+    return pd.DataFrame({"rule": {verdict.claim: verdict.rule_digest for verdict in verdicts}}).rename_axis("claim")
 
 
 # ---------------------------------------------------------------------------------------------- tables of our runs
@@ -126,8 +126,13 @@ def number(value: float) -> str:
     return text.removesuffix(".")
 
 
+def bound(value: float) -> str:
+    """The next power of ten above a rounding error, whose own digits differ from machine to machine: '1e-14'."""
+    return "0" if value == 0 else f"1e{math.floor(math.log10(abs(value))) + 1:d}"
+
+
 def name(role: str) -> str:
-    return ROLE_NAMES.get(role, role)
+    return plots.style(role).label
 
 
 def finished(frame: pd.DataFrame) -> pd.DataFrame:
@@ -143,3 +148,9 @@ def by_seed(frame: pd.DataFrame, cell: str, role: str, metric: str) -> dict[int,
     rows = finished(frame)
     rows = rows[(rows["cell"] == cell) & (rows["role"] == role)]
     return rows.set_index("seed")[metric].dropna().astype(float).to_dict() if metric in rows else {}
+
+
+def matrix(frame: pd.DataFrame, cell: str, roles: Sequence[str], metric: str) -> list[list[float]]:
+    """One row per seed that every role has finished, one column per role."""
+    arms = [by_seed(frame, cell, role, metric) for role in roles]
+    return [[arm[seed] for arm in arms] for seed in arms[0] if all(seed in arm for arm in arms)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from samlib import experiments, store, sweep
+from samlib import experiments, published, store, sweep
 from samlib.claims import Verdict, judge
 from samlib.experiments import Arm
 from samlib.store import Store
@@ -73,3 +73,13 @@ def open_study(
     if opened.writable:
         sweep.run_all(experiments.specs(arms), opened)
     return Study(stem, profile, opened, arms, varied=seeds is not None or bool(overrides))
+
+
+def scoreboard(studies: Sequence[Study]) -> list[Verdict]:
+    """The verdict on every claim of the four papers, in their order; a claim without a study here is not run."""
+    by_claim = {claim: study for study in studies for claim in experiments.load(study.stem).DECIDES}
+    first = studies[0]
+    return [
+        by_claim[claim].verdict(claim) if claim in by_claim else judge(claim, first.profile, first.store, ())
+        for claim in published.claims()
+    ]

@@ -24,6 +24,7 @@ from samlib.spec import CheckSpec, MeasureSpec, OptimSpec, RunSpec, Spec
 from samlib.store import Record, Store, parent_spec
 
 CHECKPOINT_SECONDS = 60.0
+MEASURE_BATCH = 1000  # images whose graph is held at a time; changes no number in eval mode
 SPLITS = ("train", "validation", "test")
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -73,7 +74,8 @@ def measure(spec: MeasureSpec, store: Store, device: torch.device) -> Record:
     splits = data.load(parent.data, parent.seed, device)
     model = trained_model(parent, store, splits, device)
     images = getattr(splits, spec.split)
-    loss = WeightLoss(model, images.inputs, images.labels, train_mode=spec.mode == "train")
+    batch_size = MEASURE_BATCH if spec.mode == "eval" else None  # in train mode the batch is part of the loss
+    loss = WeightLoss(model, images.inputs, images.labels, batch_size=batch_size, train_mode=spec.mode == "train")
     if spec.measure == "lambda_max":
         values = hessian.lambda_max(loss)
     else:

@@ -56,14 +56,25 @@ def test_arms_of_a_cell_differ_in_the_method_alone():
     assert {name for name in sgd if sgd[name] != sam[name]} == {"optim.method", "optim.rho"}
 
 
-@pytest.mark.parametrize("cell", sam_vs_sgd.TUNED_CELLS)
-def test_chosen_settings_follow_the_stated_rule_on_the_committed_tuning_records(cell):
-    arms = [arm for arm in sam_vs_sgd.tuning() if arm.cell == f"tuning {cell}"]
-    frame = open_store("quick").frame(arms)
+@pytest.mark.parametrize(
+    ("cell", "method", "field", "chosen"),
+    [
+        ("clean", "sgd", "optim.lr", sam_vs_sgd.LR),
+        ("clean", "sam", "optim.rho", sam_vs_sgd.RHO["clean"]),
+        ("noise40", "sam", "optim.rho", sam_vs_sgd.RHO["noise40"]),
+        ("noise40", "sgd", "optim.lr", sam_vs_sgd.LR_UNDER_NOISE),
+    ],
+)
+def test_chosen_settings_follow_the_stated_rule_on_the_committed_tuning_records(cell, method, field, chosen):
+    frame = open_store("quick").frame([arm for arm in sam_vs_sgd.tuning() if arm.cell == f"tuning {cell}"])
     assert set(frame["status"]) == {"done"}
-    for field, method, chosen in zip(("optim.lr", "optim.rho"), ("sgd", "sam"), sam_vs_sgd.CHOSEN[cell], strict=True):
-        rows = frame[frame["optim.method"] == method].to_dict("records")
-        assert sam_vs_sgd.choose(sam_vs_sgd.worst_accuracy(rows, field)) == chosen
+    worst = sam_vs_sgd.worst_accuracy(frame[frame["optim.method"] == method].to_dict("records"), field)
+    assert sam_vs_sgd.choose(worst) == chosen
+    assert min(worst) < chosen < max(worst)  # the grid goes on to both sides of the choice
+
+
+def test_the_setting_with_less_noise_is_not_tuned():
+    assert sam_vs_sgd.RHO["noise20"] == sam_vs_sgd.RHO["noise40"]
 
 
 def test_the_choice_goes_by_the_worst_seed_and_ties_go_to_the_smaller():
