@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import findings
+import nbformat
 import yaml
 
 from samlib import claims
@@ -61,16 +62,22 @@ def executed_notebooks(folder: Path) -> list[Path]:
     """The notebooks that the table of contents lists.
 
     Raises:
-        InputError: one of them is not in the folder.
+        InputError: one of them is not in the folder, or has not been executed.
     """
     found = [folder / f"{page.removeprefix('notebooks/')}.ipynb" for page in pages() if page.startswith("notebooks/")]
-    missing = [path.name for path in found if not path.is_file()]
+    missing = [path.name for path in found if not is_executed(path)]
     if missing:
         raise InputError(
-            f"notebooks = {str(folder)!r} lacks {', '.join(missing)}: execute them first "
-            f"(python notebooks/execute.py --out {folder})"
+            f"notebooks = {str(folder)!r} has no executed {', '.join(missing)}: execute them first "
+            f"(python notebooks/execute.py --out DIR, then --notebooks DIR)"
         )
     return found
+
+
+def is_executed(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    return all(cell.execution_count for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
 
 
 # ---------------------------------------------------------------------------------------------- staging

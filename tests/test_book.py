@@ -167,8 +167,17 @@ def test_no_markup_is_left_as_text(pages):
 
 def test_a_missing_notebook_is_bad_input_and_nothing_is_written(tmp_path, capsys):
     assert make(tmp_path / "none", tmp_path / "out") == 2
-    assert "lacks 00_sam_by_hand.ipynb" in capsys.readouterr().err
+    assert "has no executed 00_sam_by_hand.ipynb" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_notebook_without_its_outputs_is_bad_input(tmp_path, capsys):
+    for page in build.pages():
+        if page.startswith("notebooks/"):
+            unrun = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])
+            nbformat.write(unrun, tmp_path / f"{page.removeprefix('notebooks/')}.ipynb")
+    assert make(tmp_path, tmp_path / "out") == 2
+    assert "has no executed 00_sam_by_hand.ipynb, 01_sam_vs_sgd.ipynb" in capsys.readouterr().err
 
 
 def test_a_warning_fails_the_build_and_leaves_the_book_before_it(tmp_path, capsys):
