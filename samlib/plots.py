@@ -157,20 +157,22 @@ def paired_differences(frame: pd.DataFrame, metric: str, pairs: Sequence[tuple[s
 
     Args:
         frame: one row per run, with cell, role, seed, status and the metric; see `Store.frame`.
-        pairs: (a, b) roles. A pair without a finished seed in common keeps its row, marked n = 0.
+        pairs: (a, b) roles. A pair without a finished seed in common keeps its row, marked n = 0; a cell that has no
+            arm of one of the roles has no such row.
 
     Raises:
         InputError: the frame lacks a column, or a role has no colour.
     """
     done = finished(frame, metric)
-    rows = [(cell, a, b) for cell in frame["cell"].unique() for a, b in pairs]
+    roles = frame.groupby("cell", sort=False)["role"].unique()
+    rows = [(cell, a, b) for cell in roles.index for a, b in pairs if {a, b} <= set(roles[cell])]
     figure, axes = plt.subplots(figsize=(WIDTH, 0.8 + 0.36 * len(rows)), layout="constrained")
     axes.axvline(0, color=INK, linewidth=1, zorder=1)
     counts = []
     for height, (cell, a, b) in enumerate(rows):
         gaps = stats.differences(_by_seed(done, cell, a, metric), _by_seed(done, cell, b, metric))
         counts.append(_value_row(axes, height, style(a), list(gaps.values())))
-        if height % len(pairs) == 0 and height:
+        if height and cell != rows[height - 1][0]:
             axes.axhline(height - 0.5, color="#e6e6e6", linewidth=0.8)
     _rows_of_text(axes, [f"{cell}: {style(a).label} − {style(b).label}" for cell, a, b in rows])
     _counts_at_the_right(axes, counts)

@@ -70,10 +70,10 @@ def means(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
 
 
 def contrasts(frame: pd.DataFrame, metric: str, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Mean paired difference a - b with its 95 % interval, one row per cell and pair."""
+    """Mean paired difference a - b with its 95 % interval, one row per cell and pair that the cell has arms for."""
     rows = []
-    for cell in frame["cell"].unique():
-        for a, b in pairs:
+    for cell, roles in frame.groupby("cell", sort=False)["role"].unique().items():
+        for a, b in (pair for pair in pairs if set(pair) <= set(roles)):
             found = stats.paired_difference(by_seed(frame, cell, a, metric), by_seed(frame, cell, b, metric))
             rows.append(
                 {"cell": cell, "comparison": f"{name(a)} - {name(b)}", f"difference of {metric}": interval_text(found)}
@@ -128,7 +128,7 @@ def number(value: float) -> str:
 
 def bound(value: float) -> str:
     """The next power of ten above a rounding error, whose own digits differ from machine to machine: '1e-14'."""
-    return "0" if value == 0 else f"1e{math.floor(math.log10(abs(value))) + 1:d}"
+    return "1e-15" if value == 0 else f"1e{math.floor(math.log10(abs(value))) + 1:d}"
 
 
 def name(role: str) -> str:

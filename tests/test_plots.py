@@ -283,7 +283,7 @@ def test_alt_text_names_panels_axes_rows_and_series(frame, history):
     ("call", "message"),
     [
         (lambda frame: plots.by_role(frame, "test_loss"), "no column 'test_loss': it has cell, role"),
-        (lambda frame: plots.paired_differences(frame, ACCURACY, [("sam", "adam")]), "role = 'adam' has no colour"),
+        (lambda frame: plots.by_role(frame.replace("sam", "adam"), ACCURACY), "role = 'adam' has no colour"),
         (lambda frame: plots.by_role(frame[frame["seed"] > 9], ACCURACY), "nothing to draw"),
         (lambda frame: plots.curves(frame, ACCURACY), "no column 'epoch'"),
         (lambda frame: plots.caption("a", []), "n is empty"),
