@@ -1,4 +1,4 @@
-"""The command line: python -m samlib list | run | show | verify | verdicts | compare | export.
+"""The command line: python -m samlib list | run | show | verify | verdicts | compare | export | publish.
 
 Exit codes: 0 fine, 1 a run or a comparison failed, 2 bad input (nothing was written), 3 a verdict flipped,
 130 interrupted (the same command goes on).
@@ -15,7 +15,7 @@ from samlib import experiments
 from samlib import spec as specs_of
 from samlib.errors import InputError
 from samlib.spec import Spec
-from samlib.store import Record, Store, open_store, pending
+from samlib.store import Record, Store, open_store, pending, publish
 
 INPUT_ERROR, INTERRUPTED = 2, 130
 
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     verdicts.add_argument("--claim", help="only this claim")
     verdicts.add_argument("--json", action="store_true", help="as JSON, with every statistic")
     command("compare", compare_stores, "Compare fresh records (runs) with the committed ones (results).", "runs")
+    command("publish", publish_records, "Make a complete run the committed records (for maintainers).", "runs")
     export = command("export", export_tables, "Write the records as CSV with a data dictionary.", "results")
     export.add_argument("folder", type=Path, metavar="FOLDER")
     return top
@@ -143,6 +144,14 @@ def export_tables(options: argparse.Namespace) -> int:
 
     for path in export.export(options.profile, open_store(options.profile, options.store), options.folder):
         print(path)
+    return 0
+
+
+def publish_records(options: argparse.Namespace) -> int:
+    source, target = open_store(options.profile, options.store), open_store(options.profile, "results")
+    specs = experiments.all_specs(options.profile)
+    count = publish(specs, source, target)
+    print(f"{count} records in {target.folder / 'records'}: look at them, run `make refresh`, and commit both")
     return 0
 
 

@@ -164,6 +164,10 @@ class OptimSpec(_Part):
             raise InputError(
                 f"optim.shard_size = {self.shard_size} and optim.num_shards = {self.num_shards} are both set: keep one"
             )
+        if self.scaled != "all" and self.method != "asam":
+            raise InputError(
+                f"optim.scaled = {self.scaled!r} needs optim.method = 'asam', got {self.method!r}: use 'all'"
+            )
         if self.nesterov and self.momentum == 0:
             raise InputError("optim.nesterov = True needs optim.momentum above 0, got 0.0")
 

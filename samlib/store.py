@@ -268,6 +268,30 @@ def pending(specs: Iterable[Spec], store: Store, known: Sequence[Store] = ()) ->
     return [spec for spec in specs if not any(_has(place, specs_of.key(spec)) for place in (store, *known))]
 
 
+def publish(specs: Sequence[Spec], source: Store, target: Store) -> int:
+    """Makes the records of these specs, and no others, those of `target`; returns how many.
+
+    Raises:
+        InputError: a run is not finished, or was made by a samlib that no commit holds; nothing has
+            been written by then.
+    """
+    records = {specs_of.key(spec): source.load(specs_of.key(spec)) for spec in specs}
+    absent = [key for key, record in records.items() if record is None or not record.usable]
+    if absent or not records:
+        raise InputError(f"store = {source.folder} lacks {len(absent)} finished runs of {len(records)}: run them first")
+    unknown = [key for key, record in records.items() if record and record.environment.get("dirty") is not False]
+    if unknown:
+        raise InputError(
+            f"{len(unknown)} records, {unknown[0]} among them, were made by a samlib that differs from its commit: "
+            "commit it, remove them and run again"
+        )
+    for record in records.values():
+        target.save(record)
+    for key in set(target.recorded()) - set(records):
+        target.record_path(key).unlink()
+    return len(records)
+
+
 def _has(store: Store, key: str) -> bool:
     record = store.load(key)
     return record is not None and record.usable

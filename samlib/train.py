@@ -349,11 +349,11 @@ def build_optimizer(spec: OptimSpec, model: nn.Module, seed: int) -> torch.optim
         return base(parameters)
     if spec.method == "average_sam":
         return optim.AverageSAM(parameters, base, spec.rho, seed=seed, perturb_filter=perturb_filter)
+    settings: dict[str, Any] = {"p": spec.p, "perturb_filter": perturb_filter}
+    if spec.method == "sam":
+        return optim.SAM(parameters, base, spec.rho, **settings)
     scale_filter = _with_axes if spec.scaled == "weights" else None
-    settings: dict[str, Any] = {"p": spec.p, "perturb_filter": perturb_filter, "scale_filter": scale_filter}
-    if spec.method == "asam":
-        return optim.ASAM(parameters, base, spec.rho, eta=spec.eta, **settings)
-    return optim.SAM(parameters, base, spec.rho, **settings)
+    return optim.ASAM(parameters, base, spec.rho, eta=spec.eta, scale_filter=scale_filter, **settings)
 
 
 class ClippedSGD(torch.optim.SGD):

@@ -154,6 +154,7 @@ def test_every_field_is_documented():
         (lambda: OptimSpec(method="samm"), ["optim.method", "samm", "average_sam"]),
         (lambda: OptimSpec(lr=0), ["optim.lr", "above 0"]),
         (lambda: OptimSpec(nesterov=1), ["optim.nesterov", "True or False"]),
+        (lambda: OptimSpec("sam", scaled="weights"), ["optim.scaled", "asam", "'sam'"]),
         (lambda: OptimSpec(nesterov=True, momentum=0), ["nesterov", "momentum"]),
         (lambda: OptimSpec(num_shards=2, shard_size=8), ["shard_size", "num_shards", "keep one"]),
         (lambda: ModelSpec("resnet"), ["model.name", "resnet", "cnn"]),

@@ -13,7 +13,7 @@ from samlib import spec as specs_of
 from samlib.errors import InputError
 from samlib.experiments import Arm, measure
 from samlib.spec import OptimSpec, RunSpec
-from samlib.store import NUMERICS, Record, RecordError, Store, open_store, parent_spec, pending, project_root
+from samlib.store import NUMERICS, Record, RecordError, Store, open_store, parent_spec, pending, project_root, publish
 
 SPEC = RunSpec(optim=OptimSpec("sam", rho=0.1))
 
@@ -165,6 +165,23 @@ def test_the_root_can_be_named(tmp_path, monkeypatch):
     monkeypatch.setenv("SAMLIB_ROOT", str(tmp_path))
     assert project_root() == tmp_path
     assert open_store("quick", "runs").folder == tmp_path / "runs" / "quick"
+
+
+def test_publishing_takes_a_complete_run_of_committed_code_and_nothing_else(store, tmp_path):
+    target = Store(tmp_path / "results")
+    specs = [RunSpec(seed=seed) for seed in range(3)]
+    target.save(record(RunSpec(seed=9)))
+    for spec in specs[:2]:
+        store.save(record(spec, environment={"dirty": False}))
+    with pytest.raises(InputError, match="lacks 1 finished runs of 3"):
+        publish(specs, store, target)
+    store.save(record(specs[2], environment={"dirty": True}))
+    with pytest.raises(InputError, match="differs from its commit"):
+        publish(specs, store, target)
+    assert target.recorded() == [specs_of.key(RunSpec(seed=9))]
+    store.save(record(specs[2], environment={"dirty": False}))
+    assert publish(specs, store, target) == 3
+    assert target.recorded() == sorted(specs_of.key(spec) for spec in specs)
 
 
 def test_files_are_readable_by_others(store):
