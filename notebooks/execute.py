@@ -143,12 +143,28 @@ def run_one(notebook: Path, out: Path, parameters: dict[str, Any]) -> str | None
     broken.unlink(missing_ok=True)
     code, log = run_papermill(notebook, partial, parameters)
     if code == 0:
+        join_streams(partial)
         partial.replace(done)
         return None
     done.unlink(missing_ok=True)  # of an earlier run: nobody shall take it for this one
     if partial.exists():
         partial.replace(broken)
     return describe(broken, log)
+
+
+def join_streams(path: Path) -> None:
+    """Joins what a cell printed in one go: a kernel cuts it into pieces as time goes by, so no two runs are alike."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        joined: list[nbformat.NotebookNode] = []
+        for output in cell.get("outputs", []):
+            if joined and output.output_type == "stream" and output.get("name") == joined[-1].get("name"):
+                joined[-1].text += output.text
+            else:
+                joined.append(output)
+        if "outputs" in cell:
+            cell.outputs = joined
+    nbformat.write(notebook, path)
 
 
 def run_papermill(notebook: Path, output: Path, parameters: dict[str, Any]) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from samlib.store import open_store
 ROOT = Path(__file__).resolve().parent.parent
 LOADS = dict.fromkeys(("script", "img", "iframe", "source", "video", "audio", "embed"), "src")
 LOADS |= {"link": "href", "object": "data"}
+CODE = ("pre", "code", "script", "style")
 NOT_LOADED = ("search", "next", "prev", "author", "canonical", "index")  # rel of a link that fetches nothing
 
 
@@ -47,23 +48,28 @@ def html(tmp_path_factory) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page loads, links to, names, and says."""
+    """What a page loads, links to, names, and says (code and scripts left out)."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path, self.loads, self.links, self.ids, self.text = path, [], [], set(), []
+        self.path, self.loads, self.links, self.ids, self.text, self.code = path, [], [], set(), [], 0
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
         self.ids.add(given.get("id"))
+        self.code += tag in CODE
         if tag == "a" and given.get("href"):
             self.links.append(given["href"])
         if LOADS.get(tag) in given and given.get("rel") not in NOT_LOADED:
             self.loads.append(given[LOADS[tag]])
 
+    def handle_endtag(self, tag):
+        self.code -= tag in CODE
+
     def handle_data(self, data):
-        self.text.append(data)
+        if not self.code:
+            self.text.append(data)
 
     @property
     def words(self) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import execute
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 SCRIPT = Path(__file__).resolve().parent.parent / "notebooks" / "execute.py"
 PARAMETERS = 'profile = "quick"\nstore = "results"\nseeds = None\noverrides = None'
@@ -69,6 +69,21 @@ def test_notebooks_run_in_the_order_of_their_numbers_with_progress(run):
 
 def test_parameters_reach_the_notebook_with_their_types_and_its_folder_is_the_working_one(run, source):
     assert printed(run[1] / "99_last.ipynb") == f"gpu runs [0, 1] {{'epochs': 3}} {source}\n"
+
+
+def test_what_a_cell_printed_in_pieces_is_joined(tmp_path):
+    out, err, shown = new_output("stream", text="a\n"), new_output("stream", name="stderr"), new_output("display_data")
+    more = new_output("stream", text="b\n")
+    cell = new_code_cell(outputs=[out, more, err, shown, more])
+    nbformat.write(new_notebook(cells=[new_markdown_cell("text"), cell]), tmp_path / "x.ipynb")
+    execute.join_streams(tmp_path / "x.ipynb")
+    outputs = nbformat.read(tmp_path / "x.ipynb", as_version=4).cells[1].outputs
+    assert [(output.get("name"), output.get("text")) for output in outputs] == [
+        ("stdout", "a\nb\n"),
+        ("stderr", ""),
+        (None, None),
+        ("stdout", "b\n"),
+    ]
 
 
 @pytest.mark.parametrize(
