@@ -26,7 +26,7 @@ from samlib.store import open_store
 ROOT = Path(__file__).resolve().parent.parent
 # One thread per process: the sweep fills the machine with processes, and sums come out in one order.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-# The quick profile runs on a CPU and with one basic instruction set, so that machines agree.
+# The quick profile runs on a CPU and with one instruction set (AVX2, as fast here as AVX-512), so that machines agree.
 PINNED = dict(line.split("=", 1) for line in (ROOT / "scripts" / "pinned.env").read_text().split())
 BAD_INPUT, FLIP, INTERRUPTED = 2, 3, 130
 

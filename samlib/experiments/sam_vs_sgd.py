@@ -33,7 +33,7 @@ CELLS = {
     "clean": dataclasses.replace(
         NOISY,
         data=dataclasses.replace(NOISY.data, train_size=100, label_noise=0.0),
-        train=dataclasses.replace(NOISY.train, epochs=100, batch_size=32),
+        train=dataclasses.replace(NOISY.train, epochs=100, batch_size=32, eval_every=5),
     ),
     "noise20": dataclasses.replace(NOISY, data=dataclasses.replace(NOISY.data, label_noise=0.2)),
     "noise40": NOISY,
