@@ -14,8 +14,9 @@ export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-# Tests, stored notebooks and the quick profile see one instruction set, whatever the processor, and no GPU.
-PINNED := env $(shell cat scripts/pinned.env)
+# Tests, stored notebooks and the quick profile see one instruction set (PyTorch warns of one the machine lacks: hence
+# a file per architecture), and no GPU.
+PINNED := env $(shell cat scripts/pinned.env scripts/pinned-$(shell uname -m).env 2>/dev/null)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval_sanitize.cfg
 STRIP := --keep-output --keep-count \
 	--extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"

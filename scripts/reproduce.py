@@ -11,6 +11,7 @@ make ends with 2 whatever a recipe returns; so the code also stands in runs/PROF
 
 import argparse
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # One thread per process: the sweep fills the machine with processes, and sums come out in one order.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # The quick profile runs on a CPU and with one instruction set (AVX2, as fast here as AVX-512), so that machines agree.
-PINNED = dict(line.split("=", 1) for line in (ROOT / "scripts" / "pinned.env").read_text().split())
+PINNED_FILES = (ROOT / "scripts" / "pinned.env", ROOT / "scripts" / f"pinned-{platform.machine()}.env")
+PINNED = dict(line.split("=", 1) for path in PINNED_FILES if path.exists() for line in path.read_text().split())
 BAD_INPUT, FLIP, INTERRUPTED = 2, 3, 130
 
 MEANING = {

@@ -1,5 +1,7 @@
 """scripts/reproduce.py: which exit code the chain ends with, and what it leaves behind."""
 
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -66,9 +68,10 @@ def test_a_book_of_an_earlier_run_is_not_announced(chain, tmp_path, capsys):
 
 def test_every_step_has_one_thread_and_on_quick_one_instruction_set_and_no_gpu(chain, tmp_path):
     seen = tmp_path / "seen"
-    names = ("OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES")
-    chain(ending(0, then=f"open({str(seen)!r}, 'w').write(repr([os.environ[name] for name in {names}]))"))
-    assert seen.read_text() == "['1', 'default', '']"
+    chain(ending(0, then=f"import json; json.dump(dict(os.environ), open({str(seen)!r}, 'w'))"))
+    expected = reproduce.ONE_THREAD | reproduce.PINNED
+    assert expected["CUDA_VISIBLE_DEVICES"] == ""
+    assert expected.items() <= json.loads(seen.read_text()).items()
 
 
 def test_the_gpu_profile_sees_the_gpu():
@@ -77,10 +80,18 @@ def test_the_gpu_profile_sees_the_gpu():
 
 
 def test_make_and_the_driver_pin_the_same():
+    printed = subprocess.run(
+        ["make", "-n", "test-notebooks"], capture_output=True, text=True, cwd=SCRIPTS.parent
+    ).stdout
+    line = next(line for line in printed.splitlines() if line.startswith("env "))
+    assert dict(word.split("=", 1) for word in line.split() if re.match(r"[A-Z_]+=", word)) == reproduce.PINNED
     makefile = (SCRIPTS.parent / "Makefile").read_text()
-    assert "PINNED := env $(shell cat scripts/pinned.env)" in makefile
-    exported = dict(line.split()[1::2] for line in makefile.splitlines() if line.startswith("export "))
-    assert exported == reproduce.ONE_THREAD
+    assert dict(re.findall(r"^export (\w+) := (.*)$", makefile, re.MULTILINE)) == reproduce.ONE_THREAD
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("pinned*.env")), ids=lambda path: path.name)
+def test_a_pin_is_a_name_and_a_value_per_line(path):
+    assert all(re.fullmatch(r"[A-Z0-9_]+=\w*", line) for line in path.read_text().splitlines())
 
 
 def test_an_unknown_profile_is_bad_input_and_nothing_is_written(tmp_path, monkeypatch, capsys):
