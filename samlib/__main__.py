@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
             found.add_argument("--store", default=store, help="results, runs, or a folder of your own")
         return found
 
-    command("list", list_experiments, "List the experiments with their runs and claims.", "results")
+    listing = command("list", list_experiments, "List the experiments with their runs and claims.", "results")
+    listing.add_argument("--keys", action="store_true", help="also each run: key, status, cell, role, seed")
     run = command("run", run_pending, "Run what is pending.", "runs")
     run.add_argument("--experiment", action="append", metavar="STEM", help="only this experiment (may be repeated)")
     run.add_argument("--only", nargs="+", metavar="KEY", default=[], help="only these keys")
@@ -78,6 +79,9 @@ def list_experiments(options: argparse.Namespace) -> int:
         print(f"{stem}: {experiments.load(stem).TITLE}")
         print(f"  {len(specs)} runs on {options.profile}, {left} of them pending in {options.store}")
         print(f"  decides {', '.join(experiments.load(stem).DECIDES)}")
+        if options.keys:
+            for row in store.frame(experiments.arms(stem, options.profile)).itertuples():
+                print(f"  {row.key}  {row.status:<8}  {row.cell}: {row.role}, seed {row.seed}")
     return 0
 
 
@@ -168,7 +172,7 @@ def chosen_specs(profile: str, stems: Sequence[str] | None, keys: Sequence[str])
     by_key = {specs_of.key(spec): spec for spec in specs}
     for key in keys:
         if key not in by_key:
-            raise InputError(f"key = {key!r} is no run of profile {profile}: see `python -m samlib list`")
+            raise InputError(f"key = {key!r} is no run of profile {profile}: see `python -m samlib list --keys`")
     parents = [spec.parent for key in keys if isinstance(spec := by_key[key], specs_of.MeasureSpec)]
     return [by_key[key] for key in dict.fromkeys([*parents, *keys])]
 
@@ -192,7 +196,7 @@ def require_record(options: argparse.Namespace) -> Record:
     if record is None:
         raise InputError(
             f"key = {options.key!r} has no record in {store.folder}: a key is 16 hex digits; "
-            "`python -m samlib export` writes a table of all of them"
+            "`python -m samlib list --keys` shows them"
         )
     return record
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from samlib.errors import InputError
 from samlib.spec import CheckSpec, MeasureSpec, RunSpec, Spec
 from samlib.store import NUMERICS, Record, RecordError, Store, pending
 
+POLL_SECONDS = 0.2  # between two looks at whether Ctrl-C was pressed
 POOL_RESTARTS = 2  # a worker may be killed from outside; the same sweep starts a new pool this often
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -71,9 +72,9 @@ def run_all(
     put_aside_unusable(store)
     summary, started = Summary(), time.perf_counter()
     todo = pending(specs, store, known)
-    with progress(todo) as bar:
-        for wave in waves(todo):  # a measure needs the model of a run
-            for record in _run_wave(wave, store, workers or default_workers(device, len(wave)), device):
+    if todo:
+        with progress(todo) as bar:
+            for record in _run(todo, store, workers or default_workers(device, len(todo)), device):
                 summary.add(record)
                 bar(record)
     summary.seconds = time.perf_counter() - started
@@ -90,7 +91,7 @@ def put_aside_unusable(store: Store) -> None:
 
 
 def waves(specs: Sequence[Spec]) -> list[list[Spec]]:
-    """Runs and checks first, then the measures of trained models."""
+    """Runs and checks first, then the measures: each needs the model of a run."""
     first = [spec for spec in specs if not isinstance(spec, MeasureSpec)]
     then = [spec for spec in specs if isinstance(spec, MeasureSpec)]
     return [wave for wave in (first, then) if wave]
@@ -105,15 +106,15 @@ def default_workers(device: str | None, runs: int) -> int:
     return 1 if on_gpu else max(1, min(cores, runs))
 
 
-# ---------------------------------------------------------------------------------------------- one wave
+# ---------------------------------------------------------------------------------------------- one or more processes
 
 
-def _run_wave(wave: Sequence[Spec], store: Store, workers: int, device: str | None) -> Iterator[Record]:
+def _run(specs: Sequence[Spec], store: Store, workers: int, device: str | None) -> Iterator[Record]:
     if workers == 1:
         with one_thread():
-            yield from (run_one(spec, store, device) for spec in wave)
+            yield from (run_one(spec, store, device) for wave in waves(specs) for spec in wave)
         return
-    left = {specs_of.key(spec): spec for spec in wave}
+    left = {specs_of.key(spec): spec for spec in specs}
     for attempt in range(POOL_RESTARTS + 1):
         try:
             for record in _run_pool(list(left.values()), store, workers, device):
@@ -127,17 +128,39 @@ def _run_wave(wave: Sequence[Spec], store: Store, workers: int, device: str | No
 
 
 def _run_pool(specs: Sequence[Spec], store: Store, workers: int, device: str | None) -> Iterator[Record]:
-    with _single_threaded_children():
+    with _single_threaded_children(), _interrupts_noted() as raise_if_interrupted:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
         try:
-            waiting: set[Future[Record]] = {pool.submit(run_one, spec, store, device) for spec in specs}
-            while waiting:
-                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
+            for wave in waves(specs):
+                waiting: set[Future[Record]] = {pool.submit(run_one, spec, store, device) for spec in wave}
+                while waiting:
+                    finished, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
+                    yield from (future.result() for future in finished)
+                    raise_if_interrupted()
         except BaseException:
             stop(pool)
             raise
         pool.shutdown()
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[Callable[[], None]]:
+    """Ctrl-C while the pool holds a lock would leave it locked, and the process would never end. So an interrupt is
+    only noted when it comes; the function that is handed out raises it where no lock is held."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+        yield lambda: None
+        return
+    noted: list[int] = []
+
+    def raise_if_interrupted() -> None:
+        if noted:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        yield raise_if_interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def stop(pool: ProcessPoolExecutor) -> None:
@@ -223,12 +246,9 @@ def work(spec: Spec) -> float:
 
 
 @contextmanager
-def progress(specs: Sequence[Spec]):
+def progress(specs: Sequence[Spec]) -> Iterator[Callable[[Record], None]]:
     """A bar of work done and time left on standard error; quarter-minute lines where that is no terminal."""
     cost = {specs_of.key(spec): work(spec) for spec in specs}
-    if not cost:
-        yield lambda record: None
-        return
     counts = {"runs": 0}
     with tqdm(
         total=sum(cost.values()),

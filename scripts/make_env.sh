@@ -99,7 +99,7 @@ create_venv() {
 
 pip_install() {
     if command -v uv >/dev/null; then
-        uv pip install --python "$VENV/bin/python" "$@"
+        uv pip install --compile-bytecode --python "$VENV/bin/python" "$@" # as pip does; each process starts seconds sooner
     else
         "$VENV/bin/python" -m pip install --disable-pip-version-check "$@"
     fi

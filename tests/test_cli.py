@@ -50,6 +50,13 @@ def test_run_then_nothing_is_pending(study, capsys):
     assert "7 runs on quick, 0 of them pending" in capsys.readouterr().out
 
 
+def test_list_keys_names_every_run_with_its_status(ran, capsys):
+    assert cli.main(["list", "--store", "runs", "--keys"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {words[0]: words[1] for words in lines if specs_of.is_key(words[0])}
+    assert shown == {specs_of.key(spec): "done" for arm in ARMS for spec in arm.specs}
+
+
 def test_run_only_brings_along_the_run_of_a_measure(study, capsys):
     measure = next(spec for spec in experiments.specs(ARMS) if isinstance(spec, specs_of.MeasureSpec))
     assert cli.main(["run", "--only", specs_of.key(measure), "--workers", "1"]) == 0

@@ -156,3 +156,13 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path):
     wait_for_records(store, process, count=before + 4)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(30) == 130
+
+
+def test_an_interrupt_is_raised_at_a_safe_point_and_the_handler_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    with sweep._interrupts_noted() as raise_if_interrupted:
+        raise_if_interrupted()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            raise_if_interrupted()
+    assert signal.getsignal(signal.SIGINT) is before
