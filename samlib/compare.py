@@ -62,6 +62,8 @@ class Comparison:
         return FLIP if self.flips else FAILURE if self.deviations else OK
 
     def report(self) -> str:
+        if not self.settings:
+            return "There are no committed records of this profile: nothing to compare with."
         agreeing = sum(setting.agrees for setting in self.settings)
         lines = [f"{agreeing} of {len(self.settings)} means agree with the committed records."]
         lines += [
@@ -93,12 +95,13 @@ def compare(profile: str, committed: Store, fresh: Store) -> Comparison:
 def compare_arm(stem: str, arm: Arm, committed: Store, fresh: Store) -> Iterator[Setting]:
     """Each compared metric of one arm. Seeds without a finished record on one side make the comparison fail."""
     before, now = committed.frame([arm]), fresh.frame([arm])
+    if not (before["status"] == "done").any():
+        return
     for metric in compared_metrics(before):
         old = before[metric]
-        new = now[metric] if metric in now else pd.Series(dtype=float)
         tolerance = STANDARD_ERRORS * _standard_error(old) + FLOORS.get(metric.split("@")[0], CHECK_FLOOR)
         same_seeds = list(before["status"]) == list(now["status"])
-        fresh_mean = float(new.mean()) if same_seeds else math.nan
+        fresh_mean = float(now[metric].mean()) if same_seeds else math.nan
         yield Setting(
             stem,
             arm.cell,

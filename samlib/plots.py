@@ -188,9 +188,13 @@ def curves(history: pd.DataFrame, metric: str, *, reference: Mapping[str, float]
         history: one row per run and epoch, with cell, role, seed, epoch and the metric; see `Store.history`.
         reference: cell -> value of a horizontal line, the accuracy SGD would have had if stopped in time.
 
+    Without any finished run the figure says so.
+
     Raises:
         InputError: the history lacks a column, or a role has no colour.
     """
+    if history.empty:
+        return _nothing_yet()
     _need(history, ("cell", "role", "seed", "epoch", metric))
     cells = list(history["cell"].unique())
     figure, panels = _panels(cells, height=3.0)
@@ -331,6 +335,13 @@ def _need(frame: pd.DataFrame, columns: Sequence[str]) -> None:
 def _by_seed(done: pd.DataFrame, cell: str, role: str, metric: str) -> dict[int, float]:
     rows = done[(done["cell"] == cell) & (done["role"] == role)]
     return dict(zip(rows["seed"], rows[metric].astype(float), strict=True))
+
+
+def _nothing_yet() -> Figure:
+    figure, axes = plt.subplots(figsize=(WIDTH * 0.62, 0.8))
+    axes.set_axis_off()
+    axes.text(0, 0.5, "No finished runs yet.", color=FAINT)
+    return figure
 
 
 def _panels(cells: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:

@@ -7,6 +7,7 @@ is a string or a frame of strings, the same on every machine for the same record
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pandas as pd
 
 from samlib import plots, published, stats
@@ -128,6 +129,8 @@ def number(value: float) -> str:
 
 def bound(value: float) -> str:
     """The next power of ten above a rounding error, whose own digits differ from machine to machine: '1e-14'."""
+    if math.isnan(value):
+        return "none"
     return "1e-15" if value == 0 else f"1e{math.floor(math.log10(abs(value))) + 1:d}"
 
 
@@ -150,7 +153,8 @@ def by_seed(frame: pd.DataFrame, cell: str, role: str, metric: str) -> dict[int,
     return rows.set_index("seed")[metric].dropna().astype(float).to_dict() if metric in rows else {}
 
 
-def matrix(frame: pd.DataFrame, cell: str, roles: Sequence[str], metric: str) -> list[list[float]]:
-    """One row per seed that every role has finished, one column per role."""
+def matrix(frame: pd.DataFrame, cell: str, roles: Sequence[str], metric: str) -> np.ndarray:
+    """One row per seed that every role has finished, one column per role; shape (seeds, roles)."""
     arms = [by_seed(frame, cell, role, metric) for role in roles]
-    return [[arm[seed] for arm in arms] for seed in arms[0] if all(seed in arm for arm in arms)]
+    rows = [[arm[seed] for arm in arms] for seed in arms[0] if all(seed in arm for arm in arms)]
+    return np.array(rows, dtype=float).reshape(-1, len(roles))

@@ -242,6 +242,15 @@ class MeasureSpec(_Part):
         return "@".join([self.measure, *settings])
 
 
+# The exact checks of samlib.checks and the values each returns.
+CHECKS = {
+    "dual_norm": ("relative_gap", "norm_ratio"),
+    "one_shard": ("max_relative_difference", "mean_of_ascents_difference"),
+    "effective_jacobian": ("min_eigenvalue_sam_minus_sgd", "min_eigenvalue_msam_minus_sam", "formula_error"),
+    "edge_of_stability": ("lambda_max", "edge_ratio", "stability_limit", "loss"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class CheckSpec:
     """An exact check in float64: its name in samlib.checks, its settings, and a seed for its random numbers."""
@@ -252,6 +261,7 @@ class CheckSpec:
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
+        _checked_choice("check.check", self.check, tuple(CHECKS))
         object.__setattr__(self, "settings", tuple(sorted((str(k), v) for k, v in self.settings)))
 
 

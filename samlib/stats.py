@@ -146,15 +146,15 @@ def sd_ratio(a: Sequence[float], b: Sequence[float], *, paired: bool, confidence
 
 
 def brown_forsythe(a: Sequence[float], b: Sequence[float]) -> float:
-    """p value of the Brown-Forsythe test that a and b have the same spread; NaN where neither deviates from its median.
+    """p value of the Brown-Forsythe test that a and b have the same spread.
+
+    NaN where an arm has fewer than two values, or where neither deviates from its median.
 
     Raises:
-        InputError: a value is not finite, or an arm has fewer than two.
+        InputError: a value is not finite.
     """
     a, b = _finite("a", a), _finite("b", b)
-    if min(len(a), len(b)) < 2:
-        raise InputError(f"a and b hold {len(a)} and {len(b)} values: use two or more of each")
-    if not (np.ptp(a) or np.ptp(b)):
+    if min(len(a), len(b)) < 2 or not (np.ptp(a) or np.ptp(b)):
         return math.nan
     return float(scipy.stats.levene(a, b, center="median").pvalue)
 

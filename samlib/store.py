@@ -20,11 +20,12 @@ import pandas as pd
 from samlib import spec as specs_of
 from samlib.errors import InputError
 from samlib.experiments import Arm, check_profile
-from samlib.spec import MeasureSpec, RunSpec, Spec
+from samlib.spec import CHECKS, CheckSpec, MeasureSpec, RunSpec, Spec
 
 SCHEMA = 1  # version of the record's form
 NUMERICS = 1  # raised by hand whenever a change to samlib can move results: older records then show as stale
 
+METRICS = tuple(f"{split}_{metric}" for split in ("train", "validation", "test") for metric in ("loss", "accuracy_pct"))
 STATUSES = ("done", "diverged", "failed")
 STORES = ("results", "runs")
 
@@ -193,6 +194,7 @@ class Store:
         key = specs_of.key(member)
         row = {"cell": arm.cell, "role": arm.role, "seed": member.seed, "key": key, "status": "missing"}
         row |= {name: value for name, value in specs_of.flat(member).items() if name != "seed"}
+        row |= dict.fromkeys([*expected_columns(member), *(measure.column for measure in arm.measures)], math.nan)
         record = self.load(key)
         if record is None:
             return row
@@ -205,6 +207,14 @@ class Store:
             )
             row |= measure_columns(measure, value)
         return row
+
+
+def expected_columns(member: Spec) -> Sequence[str]:
+    """The numbers a finished run will have: columns that are there, and empty, before it has."""
+    if isinstance(member, CheckSpec):
+        return CHECKS[member.check]
+    epochs = ("", "@best_test", *(["@best_validation"] if member.data.validation_size else []))
+    return [f"{metric}{epoch}" for metric in METRICS for epoch in epochs]
 
 
 def metrics(record: Record) -> dict[str, float | None]:

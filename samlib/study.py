@@ -63,12 +63,16 @@ def open_study(
     overrides: Mapping[str, Any] | None = None,
 ) -> Study:
     """The study of one experiment. With the store 'results' it only reads; with 'runs', or a folder of your own, it
-    first trains what is absent.
+    first trains what is absent. An experiment without runs on a profile is shown from the committed quick records, and
+    says so.
 
     Raises:
         InputError: unknown experiment, profile, store, seed or field; nothing has run by then.
     """
     arms = experiments.arms(stem, profile, seeds, overrides)
+    if not arms:
+        print(f"{stem} has no runs on the profile {profile}: shown are the committed records of the profile quick.")
+        return open_study(stem)
     opened = store.open_store(profile, store_name)
     if opened.writable:
         sweep.run_all(experiments.specs(arms), opened)

@@ -463,7 +463,8 @@ def test_neither_the_order_of_rows_nor_the_names_of_seeds_matter(claim, gains, m
     rows = compared(claim, gains)
     names = random.sample(range(100), len(gains))
     other = [{**r, "seed": names[r["seed"]]} for r in random.sample(rows, len(rows))]
-    assert judge(claim, other, miniature) == judge(claim, rows, miniature)
+    # as text: a part without an interval holds NaN, which from Python 3.13 on equals nothing in a dataclass either
+    assert repr(judge(claim, other, miniature)) == repr(judge(claim, rows, miniature))
 
 
 @settings(max_examples=25, deadline=None)

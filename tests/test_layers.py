@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "claims": {"errors", "experiments", "store", "stats", "published", "pandas"},
     "plots": {"errors", "stats", "matplotlib", "numpy", "pandas", "seaborn"},
     "study": {"experiments", "store", "claims", "published", "sweep", "pandas"},
-    "report": {"claims", "plots", "published", "stats", "study", "pandas"},
+    "report": {"claims", "plots", "published", "stats", "study", "numpy", "pandas"},
     "compare": {"experiments", "store", "claims", "pandas"},
     "verify": {"spec", "store", "sweep", "train"},
     "export": RECORDS | {"pandas"},

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -87,7 +88,8 @@ def test_nothing_of_the_machine_that_ran_it(path):
 
 @pytest.fixture(scope="module")
 def shell():
-    found = InteractiveShell.instance()
+    # A module of its own: the shell would else take the place of `__main__`, which multiprocessing needs.
+    found = InteractiveShell.instance(user_module=types.ModuleType("page"))
     yield found
     InteractiveShell.clear_instance()
 
@@ -101,9 +103,18 @@ def printed(shell, path):
             result = shell.run_cell(source(cell), silent=False, store_history=False)
         result.raise_error()
         shown = [output.data for output in captured.outputs]
+        shown.append(shell.display_formatter.format(result.result)[0])
         texts.append(captured.stdout)
-        texts += [data[mime] for data in shown for mime in ("text/markdown", "text/plain") if mime in data]
+        texts += [data[mime] for data in shown for mime in ("text/markdown", "text/html", "text/plain") if mime in data]
     return "\n".join(texts)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, **ids)
+def test_a_page_without_records_says_so_and_does_not_fail(shell, path, monkeypatch, tmp_path):
+    monkeypatch.setenv("SAMLIB_ROOT", str(tmp_path))
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    text = printed(shell, path)
+    assert "no finished record" in text
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from samlib import spec as specs_of
@@ -119,9 +120,10 @@ def wait_for_records(store, process, count=1, seconds=90):
     pytest.fail("no record in time")
 
 
-def children_of(group):
-    found = subprocess.run(["ps", "-o", "pid=", "-g", str(group)], capture_output=True, text=True, check=False)
-    return found.stdout.split()
+def workers(process):
+    """The worker processes of a sweep, by the command line that multiprocessing gives them."""
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
@@ -129,16 +131,14 @@ def test_cut_in_the_middle_every_record_is_whole_and_no_process_stays(tmp_path, 
     process = start_sweep(tmp_path)
     store = Store(tmp_path / "runs", writable=True)
     wait_for_records(store, process)
+    running = workers(process)
+    assert len(running) == 2
     if sign == signal.SIGINT:
         os.killpg(process.pid, sign)  # Ctrl-C reaches the whole group
     else:
         process.kill()
     assert process.wait(30) == code
-    for _ in range(100):
-        if not children_of(process.pid):
-            break
-        time.sleep(0.1)
-    assert children_of(process.pid) == []
+    assert psutil.wait_procs(running, timeout=30)[1] == []
     found = store.recorded()
     assert 1 <= len(found) < 200
     assert all(store.load(key).status == "done" for key in found)
@@ -148,10 +148,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path):
     process = start_sweep(tmp_path)
     store = Store(tmp_path / "runs", writable=True)
     wait_for_records(store, process)
-    listing = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True, check=True
-    )
-    os.kill(int(listing.stdout.split()[0]), signal.SIGKILL)
+    workers(process)[0].kill()
     before = len(store.recorded())
     wait_for_records(store, process, count=before + 4)
     os.killpg(process.pid, signal.SIGINT)
