@@ -15,6 +15,7 @@ from samlib import claims, published
 from samlib.errors import InputError
 from samlib.store import open_store
 
+MOST_LINES = 4  # of statistics in one row of the table
 BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
 
 
@@ -44,9 +45,21 @@ def finding(verdict: claims.Verdict, mark: Callable[[str], str]) -> list[str]:
     return [
         f"{plain(claim.statement)}<br>*{claim.paper}, {plain(claim.where)}*",
         mark(verdict.outcome) + ("<br>*miniature*" if verdict.miniature else ""),
-        "<br>".join(plain(claims.part_text(part)) for part in parts) or plain(verdict.reason),
+        "<br>".join(plain(text) for text in statistics(parts)) or plain(verdict.reason),
         plain(claims.published_text(verdict.published)) or "not printed",
     ]
+
+
+def statistics(parts: Sequence[claims.Part]) -> list[str]:
+    """Every part on a line of its own; where there are many, one line for each statistic with its range over settings."""
+    if len(parts) <= MOST_LINES:
+        return [claims.part_text(part) for part in parts]
+    lines = []
+    for statistic in dict.fromkeys(part.statistic for part in parts):
+        same = [part for part in parts if part.statistic == statistic]
+        span = f"{min(p.estimate for p in same):.4g} to {max(p.estimate for p in same):.4g}"
+        lines.append(f"{statistic}: {span} over {', '.join(p.name for p in same)}; n = {min(p.n for p in same)} each")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------- claims and errata
