@@ -51,7 +51,7 @@ def finding(verdict: claims.Verdict, mark: Callable[[str], str]) -> list[str]:
 
 
 def statistics(parts: Sequence[claims.Part]) -> list[str]:
-    """Every part on a line of its own; where there are many, one line for each statistic with its range over settings."""
+    """Every part on a line of its own; where there are many, one line per statistic with its range over settings."""
     if len(parts) <= MOST_LINES:
         return [claims.part_text(part) for part in parts]
     lines = []
