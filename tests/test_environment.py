@@ -33,7 +33,10 @@ def locked() -> list[Requirement]:
 
 
 def run(*command: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}), cwd=cwd)
+    outside_make = {
+        name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"
+    }
+    return subprocess.run(command, capture_output=True, text=True, env=outside_make | (env or {}), cwd=cwd)
 
 
 # ---------------------------------------------------------------------------------------------- conda and lock
