@@ -75,6 +75,7 @@ refresh: env ## re-execute the stored notebooks from the committed records, and 
 lint: env ## ruff: style of the code and of the notebooks
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff format --check --line-length 84 --config 'format.exclude=[]' notebooks/*.ipynb
 
 .PHONY: lock
 lock: ## resolve requirements.lock anew from pyproject.toml (needs uv); pins that still fit are kept

@@ -12,7 +12,6 @@ import pandas as pd
 
 from samlib import plots, published, stats
 from samlib.claims import INFORMATION, Part, Verdict, part_text
-from samlib.claims import row as verdict_row
 from samlib.stats import Interval
 from samlib.study import Study
 
@@ -40,12 +39,12 @@ def part_line(part: Part) -> str:
     return part_text(part) + ("" if part.published is None else f"; the paper: {part.published:.4g}")
 
 
-def scoreboard(verdicts: Iterable[Verdict]) -> pd.DataFrame:
-    """One row per claim."""
-    columns = ("claim", "paper", "where", "outcome", "statistic", "reason")
-    table = pd.DataFrame([verdict_row(verdict) for verdict in verdicts])
-    table["outcome"] = table["outcome"] + table["miniature"].map({True: " (miniature)", False: ""})
-    return table[list(columns)].set_index("claim")
+def reasons_text(verdicts: Iterable[Verdict]) -> str:
+    """A Markdown list: each reason once, with the claims that share it."""
+    claims_by_reason: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        claims_by_reason.setdefault(verdict.reason, []).append(f"`{verdict.claim}`")
+    return "\n".join(f"- **{reason}**: {', '.join(claims)}" for reason, claims in claims_by_reason.items())
 
 
 def caption(what: str, frame: pd.DataFrame, metric: str, interval: str = plots.MEAN_INTERVAL) -> str:
@@ -65,38 +64,42 @@ def means(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """Mean over seeds with its 95 % t interval, one row per cell and role."""
     rows = {}
     for (cell, role), arm in finished(frame).groupby(["cell", "role"], sort=False):
-        rows[cell, name(role)] = {metric: interval_text(stats.mean(values(arm, metric))) for metric in metrics}
+        found = {metric: stats.mean(values(arm, metric)) for metric in metrics}
+        rows[cell, name(role)] = {metric: bounds_text(interval) for metric, interval in found.items()}
+        rows[cell, name(role)]["n"] = str(min(interval.n for interval in found.values()))
     table = pd.DataFrame.from_dict(rows, orient="index")
     return table.rename_axis(["cell", "method"]) if len(table) else table
 
 
 def contrasts(frame: pd.DataFrame, metric: str, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
     """Mean paired difference a - b with its 95 % interval, one row per cell and pair that the cell has arms for."""
-    rows = []
+    rows = {}
     for cell, roles in frame.groupby("cell", sort=False)["role"].unique().items():
         for a, b in (pair for pair in pairs if set(pair) <= set(roles)):
             found = stats.paired_difference(by_seed(frame, cell, a, metric), by_seed(frame, cell, b, metric))
-            rows.append(
-                {"cell": cell, "comparison": f"{name(a)} - {name(b)}", f"difference of {metric}": interval_text(found)}
-            )
-    return pd.DataFrame(rows).set_index(["cell", "comparison"])
+            rows[cell, f"{name(a)} - {name(b)}"] = {f"difference of {metric}": bounds_text(found), "n": str(found.n)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["cell", "comparison"])
 
 
-def ratios(frame: pd.DataFrame, metric: str, a: str, b: str) -> pd.DataFrame:
-    """Geometric mean of the ratio a / b with its 95 % interval, one row per cell."""
-    rows = {
-        cell: stats.geometric_mean_ratio(by_seed(frame, cell, a, metric), by_seed(frame, cell, b, metric))
-        for cell in frame["cell"].unique()
-    }
-    column = f"{metric}: {name(a)} / {name(b)}"
-    return pd.DataFrame({column: {cell: interval_text(found) for cell, found in rows.items()}}).rename_axis("cell")
+def ratios(frame: pd.DataFrame, metrics: Sequence[str], a: str, b: str) -> pd.DataFrame:
+    """Geometric mean of the ratio a / b of each metric with its 95 % interval, one row per cell."""
+    rows = {}
+    for cell in frame["cell"].unique():
+        arms = [[by_seed(frame, cell, role, metric) for role in (a, b)] for metric in metrics]
+        found = {metric: stats.geometric_mean_ratio(*pair) for metric, pair in zip(metrics, arms, strict=True)}
+        rows[cell] = {f"{metric}: {name(a)} / {name(b)}": bounds_text(interval) for metric, interval in found.items()}
+        rows[cell]["n"] = str(min(interval.n for interval in found.values()))
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("cell")
 
 
 def settings(study: Study, **pick: Sequence[str]) -> pd.DataFrame:
-    """What was run, one row per arm, with the fields in which the arms differ."""
+    """What was run, one row per arm, with the fields in which the arms differ by their short names."""
     table = study.settings(**pick)
-    table.index = [f"{cell}: {name(role)}" for cell, role in table.index]
-    return table.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value)).T.rename_axis("field").T
+    table.index = pd.Index([f"{cell}: {name(role)}" for cell, role in table.index], name="arm")
+    if "optim.rho" in table:
+        table["optim.rho"] = table["optim.rho"].where(table["optim.method"] != "sgd", "")  # SGD has no radius
+    table.columns = [field.split(".")[-1] for field in table.columns]
+    return table.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def paper_figures(paper: str, table: str, **where: object) -> pd.DataFrame:
@@ -115,8 +118,13 @@ def paper_figures(paper: str, table: str, **where: object) -> pd.DataFrame:
 
 def interval_text(interval: Interval) -> str:
     """For example '1.823 [1.251, 2.394] (n = 10)'."""
+    return f"{bounds_text(interval)} (n = {interval.n})"
+
+
+def bounds_text(interval: Interval) -> str:
+    """For example '1.823 [1.251, 2.394]'; the estimate alone where there is no interval."""
     bounds = "" if math.isnan(interval.low) else f" [{number(interval.low)}, {number(interval.high)}]"
-    return f"{number(interval.estimate)}{bounds} (n = {interval.n})"
+    return f"{number(interval.estimate)}{bounds}"
 
 
 def number(value: float) -> str:

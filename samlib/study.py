@@ -49,7 +49,7 @@ class Study:
         frame = self.frame(cells, roles)
         fields = [name for name in frame.columns if "." in name and frame[name].nunique(dropna=False) > 1]
         rows = frame.groupby(["cell", "role"], sort=False)
-        table = rows[fields].first()
+        table = rows[fields].first().astype(object)
         table["seeds"] = rows["seed"].nunique()
         table["finished"] = rows["status"].agg(lambda statuses: (statuses == "done").sum())
         return table
