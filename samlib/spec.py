@@ -114,7 +114,7 @@ class DataSpec(_Part):
     scaling: str = _choice(
         "standardize",
         ("standardize", "unit", "symmetric"),
-        "inputs: channel mean 0 and sd 1 over the training split, or pixels in [0, 1], or in [-1, 1]",
+        "inputs: channel mean 0 and sd 1 over the data set's training images, or pixels in [0, 1], or in [-1, 1]",
     )
 
 

@@ -21,11 +21,13 @@ from samlib import spec as specs_of
 from samlib.errors import InputError
 from samlib.measures import WeightLoss, hessian, precision, sharpness
 from samlib.spec import CheckSpec, MeasureSpec, OptimSpec, RunSpec, Spec
-from samlib.store import Record, Store, parent_spec
+from samlib.store import NUMERICS, Record, Store, parent_spec
 
 CHECKPOINT_SECONDS = 60.0
 MEASURE_BATCH = 1000  # images whose graph is held at a time; changes no number in eval mode
 SPLITS = ("train", "validation", "test")
+RESUMED = ("epoch", "step", "seconds", "history")
+CHECKPOINT = {*RESUMED, "numerics", "model", "optimizer", "order", "random", "cuda_random"}
 
 # ---------------------------------------------------------------------------------------------- one run
 
@@ -73,6 +75,8 @@ def measure(spec: MeasureSpec, store: Store, device: torch.device) -> Record:
     started = time.perf_counter()
     splits = data.load(parent.data, parent.seed, device)
     model = trained_model(parent, store, splits, device)
+    if model is None:  # its training diverged
+        return _record(spec, "diverged", started, data_digest=splits.digest, device=device)
     images = getattr(splits, spec.split)
     batch_size = MEASURE_BATCH if spec.mode == "eval" else None  # in train mode the batch is part of the loss
     loss = WeightLoss(model, images.inputs, images.labels, batch_size=batch_size, train_mode=spec.mode == "train")
@@ -92,15 +96,15 @@ def check(spec: CheckSpec) -> Record:
     return _record(spec, "done", started, measures=values, device=torch.device("cpu"))
 
 
-def trained_model(spec: RunSpec, store: Store, splits: data.Splits, device: torch.device) -> nn.Module:
-    """The model a run ended with; trained again where its weights are gone (its record stays as it is)."""
+def trained_model(spec: RunSpec, store: Store, splits: data.Splits, device: torch.device) -> nn.Module | None:
+    """The model a run ended with; trained again where its weights are gone (its record stays as it is). None for a run
+    that diverged."""
     path = store.weights_path(specs_of.key(spec))
     state = load_tensors(path)
-    if state is None:
-        train(spec, store, device)
+    if state is None and train(spec, store, device).status == "done":
         state = load_tensors(path)
     if state is None:
-        raise InputError(f"measure.parent = {specs_of.key(spec)} diverged, so there is no model to measure")
+        return None
     model = build_model(spec, splits, device)
     model.load_state_dict(state)
     return model
@@ -211,7 +215,8 @@ class Training:
         )
 
     def effective_perturbation(self) -> dict[str, float]:
-        """How much of the last point's perturbation acts at the run's precision, on the first mini-batch in order."""
+        """How much of the last point's perturbation acts at the run's precision, on the first images in order (a
+        mini-batch, or a shard of one where the ascent is taken per shard)."""
         if self.status != "done" or self.spec.optim.method not in ("sam", "asam"):
             return {}
         self.model.train()
@@ -225,11 +230,11 @@ class Training:
         return found
 
     def save(self, path: Path) -> None:
-        fields = {name: getattr(self, name) for name in ("epoch", "step", "seconds", "history")}
         save_tensors(
             path,
-            fields
+            {name: getattr(self, name) for name in RESUMED}
             | {
+                "numerics": NUMERICS,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "order": self.order.get_state(),
@@ -239,9 +244,15 @@ class Training:
         )
 
     def resume(self, path: Path) -> None:
-        """Goes back to a checkpoint if there is one; the run is then the same as one that was never cut."""
+        """Goes back to a checkpoint if there is one; the run is then the same as one that was never cut.
+
+        A checkpoint of other code, which may not fit or may mix two sets of numbers, is set aside.
+        """
         state = load_tensors(path)
         if state is None:
+            return
+        if state.get("numerics") != NUMERICS or set(state) != CHECKPOINT:
+            set_aside(path, "it was written by another version of samlib")
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -249,7 +260,7 @@ class Training:
         torch.set_rng_state(state["random"])
         if state["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
-        for name in ("epoch", "step", "seconds", "history"):
+        for name in RESUMED:
             setattr(self, name, state[name])
 
 
@@ -273,7 +284,7 @@ class Shards:
     def loss_and_gradient(self, part: slice) -> Tensor:
         """What every optimiser of samlib calls: clears the gradients, computes the loss, calls backward."""
         self.optimizer.zero_grad()
-        with self._batch_norm(), autocast(self.spec.train.precision, self.inputs.device):
+        with self._batch_norm(part), autocast(self.spec.train.precision, self.inputs.device):
             loss = self._loss(part)
         loss.backward()
         if getattr(self.optimizer, "at_perturbed_point", False):
@@ -283,7 +294,9 @@ class Shards:
         return loss
 
     def perturbed_loss(self) -> Tensor:
-        """The mean over shards of the loss at w + eps, in the step just made."""
+        """The mean over shards of the loss at w + eps in the step just made; NaN if the step was skipped on the way."""
+        if len(self._perturbed) < len(self.parts):
+            return torch.full((), math.nan, device=self.labels.device)
         weights = self.weights or [1 / len(self.parts)] * len(self.parts)
         return torch.stack([weight * loss for weight, loss in zip(weights, self._perturbed, strict=True)]).sum()
 
@@ -309,9 +322,11 @@ class Shards:
             loss = loss + 0.5 * self.spec.optim.weight_decay * squares
         return loss
 
-    def _batch_norm(self) -> AbstractContextManager:
+    def _batch_norm(self, part: slice) -> AbstractContextManager:
         if getattr(self.optimizer, "in_second_pass", False):
             return batchnorm.second_pass(self.model, self.spec.optim.second_pass_batchnorm)
+        if self.spec.optim.shard_batchnorm == "batch" and part.start:
+            return batchnorm.second_pass(self.model, "frozen")  # the first shard's pass has counted the whole batch
         return nullcontext()
 
 
@@ -434,9 +449,13 @@ def load_tensors(path: Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle can raise anything
-        aside = path.replace(path.with_suffix(".unreadable"))
-        print(f"{path} cannot be read ({type(error).__name__}): moved to {aside}, made again", file=sys.stderr)
+        set_aside(path, f"it cannot be read ({type(error).__name__})")
         return None
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Nothing is lost, and what it held is made again."""
+    print(f"{path}: {reason}. Moved to {path.replace(path.with_suffix('.aside'))} and made again.", file=sys.stderr)
 
 
 def _record(spec: Spec, status: str, started: float, *, device: torch.device, **content: Any) -> Record:

@@ -59,7 +59,9 @@ def test_arms_of_a_cell_differ_in_the_method_alone():
 @pytest.mark.parametrize(
     ("cell", "method", "field", "chosen"),
     [
-        ("clean", "sgd", "optim.lr", sam_vs_sgd.LR),
+        ("plain", "sgd", "optim.lr", sam_vs_sgd.LR["plain"]),
+        ("plain", "sam", "optim.rho", sam_vs_sgd.RHO["plain"]),
+        ("clean", "sgd", "optim.lr", sam_vs_sgd.LR["clean"]),
         ("clean", "sam", "optim.rho", sam_vs_sgd.RHO["clean"]),
         ("noise40", "sam", "optim.rho", sam_vs_sgd.RHO["noise40"]),
         ("noise40", "sgd", "optim.lr", sam_vs_sgd.LR_UNDER_NOISE),
@@ -68,22 +70,24 @@ def test_arms_of_a_cell_differ_in_the_method_alone():
 def test_chosen_settings_follow_the_stated_rule_on_the_committed_tuning_records(cell, method, field, chosen):
     frame = open_store("quick").frame([arm for arm in sam_vs_sgd.tuning() if arm.cell == f"tuning {cell}"])
     assert set(frame["status"]) == {"done"}
-    worst = sam_vs_sgd.worst_accuracy(frame[frame["optim.method"] == method].to_dict("records"), field)
-    assert sam_vs_sgd.choose(worst) == chosen
-    assert min(worst) < chosen < max(worst)  # the grid goes on to both sides of the choice
+    found = sam_vs_sgd.validation_accuracies(frame[frame["optim.method"] == method].to_dict("records"), field)
+    assert {len(accuracies) for accuracies in found.values()} == {len(sam_vs_sgd.DEV_SEEDS)}
+    assert sam_vs_sgd.choose(found) == chosen
+    assert min(found) < chosen < max(found)  # the grid goes on to both sides of the choice
 
 
 def test_the_setting_with_less_noise_is_not_tuned():
     assert sam_vs_sgd.RHO["noise20"] == sam_vs_sgd.RHO["noise40"]
+    assert sam_vs_sgd.LR["noise20"] == sam_vs_sgd.LR["noise40"] == sam_vs_sgd.LR["clean"]
 
 
-def test_the_choice_goes_by_the_worst_seed_and_ties_go_to_the_smaller():
-    rows = pd.DataFrame(
-        {"rho": [0.1, 0.1, 0.2, 0.2, 0.4, 0.4], "validation_accuracy_pct": [80.0, 82.0, 81.0, 80.0, 95.0, 10.0]}
-    ).to_dict("records")
-    worst = sam_vs_sgd.worst_accuracy(rows, "rho")
-    assert worst == {0.1: 80.0, 0.2: 80.0, 0.4: 10.0}
-    assert sam_vs_sgd.choose(worst) == 0.1
+def test_the_choice_goes_by_the_worst_seed_then_by_the_mean_then_to_the_smaller():
+    rows = pd.DataFrame({"rho": [0.1, 0.1, 0.4, 0.4], "validation_accuracy_pct": [80.0, 82.0, 95.0, 10.0]})
+    found = sam_vs_sgd.validation_accuracies(rows.to_dict("records"), "rho")
+    assert found == {0.1: [80.0, 82.0], 0.4: [95.0, 10.0]}
+    assert sam_vs_sgd.choose(found) == 0.1
+    assert sam_vs_sgd.choose(found | {0.2: [80.0, 83.0]}) == 0.2
+    assert sam_vs_sgd.choose(found | {0.05: [82.0, 80.0]}) == 0.05
 
 
 def test_a_variation_has_keys_of_its_own_and_leaves_tuning_alone():

@@ -150,7 +150,19 @@ def test_a_checkpoint_that_cannot_be_read_starts_the_run_over(store, capsys):
     path.write_bytes(b"half a checkpoint")
     assert train.run(TINY, store, "cpu").status == "done"
     assert str(path) in capsys.readouterr().err
-    assert path.with_suffix(".unreadable").exists()
+    assert path.with_suffix(".aside").exists()
+
+
+@pytest.mark.parametrize("spoil", [{"numerics": -1}, {"renamed": 1}])
+def test_a_checkpoint_of_another_version_starts_the_run_over(store, monkeypatch, capsys, spoil):
+    training = train.Training.start(TINY, CPU)
+    training.one_epoch()
+    path = store.checkpoint_path(specs_of.key(TINY))
+    training.save(path)
+    train.save_tensors(path, train.load_tensors(path) | spoil)
+    record = train.run(TINY, store, "cpu")
+    assert (record.status, record.history["epoch"]) == ("done", [1, 2, 3])
+    assert "another version" in capsys.readouterr().err
 
 
 def test_a_run_repeats_and_leaves_the_global_generator_alone(store, tmp_path):
@@ -201,6 +213,27 @@ def test_a_run_that_diverges_is_a_record(store):
     assert record.status == "diverged"
     assert store.load(record.key).status == "diverged"
     assert not store.weights_path(record.key).exists()
+
+
+def test_a_measure_of_a_run_that_diverged_is_a_diverged_record(store):
+    parent = train.run(change(lr=1e6, norm="none", momentum=0.99, schedule="constant"), store, "cpu")
+    record = train.run(MeasureSpec(parent.key), store, "cpu")
+    assert (record.status, record.measures) == ("diverged", {})
+
+
+def test_a_skipped_step_logs_no_perturbed_loss(store):
+    training = train.Training.start(change(logged_loss="w+eps", num_shards=2), CPU)
+    inputs = torch.full((16, 1, 8, 8), math.nan)
+    assert math.isnan(training.one_step(inputs, torch.zeros(16, dtype=torch.int64)).item())
+
+
+def test_statistics_per_batch_count_each_batch_once():
+    counts = {}
+    for statistics in ("shard", "batch"):
+        training = train.Training.start(change(num_shards=4, shard_batchnorm=statistics), CPU)
+        training.one_epoch()
+        counts[statistics] = int(training.model[1].num_batches_tracked)
+    assert counts == {"shard": 12, "batch": 3}
 
 
 def test_evaluation_against_a_direct_computation(store):
