@@ -13,10 +13,11 @@ import pandas as pd
 
 from samlib import claims, experiments
 from samlib.experiments import Arm
+from samlib.spec import CHECKS, CheckSpec
 from samlib.store import Store
 
 STANDARD_ERRORS = 3.0
-FLOORS = {"test_accuracy_pct": 0.5, "test_loss": 0.02, "train_loss": 0.02, "lambda_max": 0.05}
+FLOORS = {"test_accuracy_pct": 0.5, "test_loss": 0.02, "lambda_max": 0.05, "adversarial_sharpness": 1e-4}
 CHECK_FLOOR = 1e-6  # of the values of exact checks
 OK, FAILURE, FLIP = 0, 1, 3  # exit codes
 
@@ -93,38 +94,24 @@ def compare(profile: str, committed: Store, fresh: Store) -> Comparison:
 
 
 def compare_arm(stem: str, arm: Arm, committed: Store, fresh: Store) -> Iterator[Setting]:
-    """Each compared metric of one arm. Seeds without a finished record on one side make the comparison fail."""
+    """Each compared metric of one arm. A seed with a number on one side alone makes the comparison fail."""
     before, now = committed.frame([arm]), fresh.frame([arm])
     if not (before["status"] == "done").any():
         return
-    for metric in compared_metrics(before):
-        old = before[metric]
+    for metric in compared_metrics(arm):
+        old, new = (frame.set_index("seed")[metric].dropna().astype(float) for frame in (before, now))
         tolerance = STANDARD_ERRORS * _standard_error(old) + FLOORS.get(metric.split("@")[0], CHECK_FLOOR)
-        same_seeds = list(before["status"]) == list(now["status"])
-        fresh_mean = float(now[metric].mean()) if same_seeds else math.nan
-        yield Setting(
-            stem,
-            arm.cell,
-            arm.role,
-            metric,
-            int(old.notna().sum()),
-            float(old.mean()),
-            fresh_mean,
-            tolerance,
-            not arm.tuning,
-        )
+        mean = float(new.mean()) if set(old.index) == set(new.index) else math.nan
+        name = (stem, arm.cell, arm.role, metric)
+        yield Setting(*name, len(old), float(old.mean()), mean, tolerance, decisive=not arm.tuning)
 
 
-def compared_metrics(frame: pd.DataFrame) -> Sequence[str]:
-    """Test accuracy, losses and measures of a training run; all values of a check."""
-    if "test_accuracy_pct" in frame:
-        return [
-            name for name in ("test_accuracy_pct", "test_loss", "lambda_max", "adversarial_sharpness") if name in frame
-        ]
-    fixed = ("cell", "role", "seed", "key", "status", "check", "wall_seconds")
-    return [name for name in frame if name not in fixed and pd.api.types.is_numeric_dtype(frame[name])]
+def compared_metrics(arm: Arm) -> Sequence[str]:
+    """Test accuracy, test loss and every measure of a training run; all values of a check."""
+    if isinstance(arm.base, CheckSpec):
+        return CHECKS[arm.base.check]
+    return ["test_accuracy_pct", "test_loss", *(measure.column for measure in arm.measures)]
 
 
 def _standard_error(values: pd.Series) -> float:
-    found = values.dropna()
-    return float(found.std(ddof=1) / math.sqrt(len(found))) if len(found) > 1 else 0.0
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

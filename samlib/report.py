@@ -5,6 +5,7 @@ is a string or a frame of strings, the same on every machine for the same record
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from samlib import plots, published, stats
 from samlib.claims import INFORMATION, Part, Verdict, part_text
 from samlib.stats import Interval
 from samlib.study import Study
+
+PAGE_WIDTH = 84  # characters of a line of code or of printed text on a page of the book
 
 # ---------------------------------------------------------------------------------------------- verdicts
 
@@ -30,13 +33,14 @@ def verdict_text(verdict: Verdict) -> str:
     ]
     outcome = f"**{verdict.outcome}**" + (f" ({', '.join(marks)})" if marks else "")
     lines = [f"- {outcome}: {claim.statement} *({claim.paper}, {claim.where}; `{verdict.claim}`)*"]
-    lines += [f"    - {part_line(part)}" for part in verdict.parts if part.outcome != INFORMATION]
+    lines += [f"    - {part_line(part)}" for part in verdict.parts]
     return "\n".join([*lines, f"    - {verdict.reason}"])
 
 
 def part_line(part: Part) -> str:
     """One compared statistic with its interval and n, and what the paper prints for it."""
-    return part_text(part) + ("" if part.published is None else f"; the paper: {part.published:.4g}")
+    printed = "" if part.published is None else f"; the paper: {part.published:.4g}"
+    return f"{part_text(part)}{printed}" + (" *(for information)*" if part.outcome == INFORMATION else "")
 
 
 def reasons_text(verdicts: Iterable[Verdict]) -> str:
@@ -82,10 +86,14 @@ def contrasts(frame: pd.DataFrame, metric: str, pairs: Sequence[tuple[str, str]]
 
 
 def ratios(frame: pd.DataFrame, metrics: Sequence[str], a: str, b: str) -> pd.DataFrame:
-    """Geometric mean of the ratio a / b of each metric with its 95 % interval, one row per cell."""
+    """Geometric mean of the ratio a / b of each metric with its 95 % interval, one row per cell.
+
+    A ratio needs values above 0: seeds without are left out, and n says so.
+    """
     rows = {}
     for cell in frame["cell"].unique():
         arms = [[by_seed(frame, cell, role, metric) for role in (a, b)] for metric in metrics]
+        arms = [[{seed: value for seed, value in arm.items() if value > 0} for arm in pair] for pair in arms]
         found = {metric: stats.geometric_mean_ratio(*pair) for metric, pair in zip(metrics, arms, strict=True)}
         rows[cell] = {f"{metric}: {name(a)} / {name(b)}": bounds_text(interval) for metric, interval in found.items()}
         rows[cell]["n"] = str(min(interval.n for interval in found.values()))
@@ -100,6 +108,13 @@ def settings(study: Study, **pick: Sequence[str]) -> pd.DataFrame:
         table["optim.rho"] = table["optim.rho"].where(table["optim.method"] != "sgd", "")  # SGD has no radius
     table.columns = [field.split(".")[-1] for field in table.columns]
     return table.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def common_settings(study: Study, **pick: Sequence[str]) -> str:
+    """The fields in which all these arms agree."""
+    frame = study.frame(**pick)
+    fields = [field for field in frame.columns if "." in field and frame[field].nunique(dropna=False) == 1]
+    return textwrap.fill(", ".join(f"{field} = {frame[field].iloc[0]}" for field in fields), PAGE_WIDTH)
 
 
 def paper_figures(paper: str, table: str, **where: object) -> pd.DataFrame:
@@ -163,6 +178,14 @@ def by_seed(frame: pd.DataFrame, cell: str, role: str, metric: str) -> dict[int,
 
 def matrix(frame: pd.DataFrame, cell: str, roles: Sequence[str], metric: str) -> np.ndarray:
     """One row per seed that every role has finished, one column per role; shape (seeds, roles)."""
-    arms = [by_seed(frame, cell, role, metric) for role in roles]
-    rows = [[arm[seed] for arm in arms] for seed in arms[0] if all(seed in arm for arm in arms)]
-    return np.array(rows, dtype=float).reshape(-1, len(roles))
+    return _complete_rows([by_seed(frame, cell, role, metric) for role in roles])
+
+
+def columns(frame: pd.DataFrame, cell: str, role: str, metrics: Sequence[str]) -> np.ndarray:
+    """One row per finished seed of one arm that has every metric, one column per metric; shape (seeds, metrics)."""
+    return _complete_rows([by_seed(frame, cell, role, metric) for metric in metrics])
+
+
+def _complete_rows(found: Sequence[dict[int, float]]) -> np.ndarray:
+    rows = [[values[seed] for values in found] for seed in found[0] if all(seed in values for values in found)]
+    return np.array(rows, dtype=float).reshape(-1, len(found))

@@ -372,12 +372,19 @@ def override(spec: Spec, changes: Mapping[str, Any]) -> Spec:
     Raises:
         InputError: an unknown or ambiguous name, or a value the field does not take.
     """
-    for name, value in changes.items():
-        spec = _with(spec, _full_name(spec, name).split("."), value)
-    return spec
+    if not isinstance(changes, Mapping):
+        raise InputError(f"overrides = {changes!r}: use a mapping of fields to values, for example {{'epochs': 20}}")
+    return _changed_together(spec, {field_name(spec, name): value for name, value in changes.items()})
 
 
-def _full_name(spec: Spec, name: str) -> str:
+def field_name(spec: Spec, name: str) -> str:
+    """The dotted name of a field that is given in full or by its last word.
+
+    Raises:
+        InputError: no field has this name, or several have.
+    """
+    if not isinstance(name, str):
+        raise InputError(f"overrides: {name!r} is no name of a field: use words such as 'epochs' or 'model.width'")
     names = list(flat(spec))
     if name in names:
         return name
@@ -389,10 +396,18 @@ def _full_name(spec: Spec, name: str) -> str:
     raise InputError(f"overrides: {name!r} is no field of a {kind(spec)} spec{_nearest(name, names)}")
 
 
-def _with(part: Any, path: list[str], value: Any) -> Any:
-    if len(path) > 1:
-        value = _with(getattr(part, path[0]), path[1:], value)
-    return dataclasses.replace(part, **{path[0]: value})
+def _changed_together(part: Any, changes: Mapping[str, Any]) -> Any:
+    """All at once: a spec that is sound after all changes may not be after the first."""
+    inner: dict[str, dict[str, Any]] = {}
+    values = {}
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(head, {})[rest] = value
+        else:
+            values[head] = value
+    values |= {head: _changed_together(getattr(part, head), nested) for head, nested in inner.items()}
+    return dataclasses.replace(part, **values)
 
 
 def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:

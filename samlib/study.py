@@ -9,6 +9,7 @@ import pandas as pd
 
 from samlib import experiments, published, store, sweep
 from samlib.claims import Verdict, judge
+from samlib.errors import InputError
 from samlib.experiments import Arm
 from samlib.store import Store
 
@@ -70,6 +71,8 @@ def open_study(
         InputError: unknown experiment, profile, store, seed or field; nothing has run by then.
     """
     arms = experiments.arms(stem, profile, seeds, overrides)
+    if not arms and (seeds is not None or overrides):
+        raise InputError(f"seeds, overrides: {stem} has no runs on the profile {profile} to vary: use profile quick")
     if not arms:
         print(f"{stem} has no runs on the profile {profile}: shown are the committed records of the profile quick.")
         return open_study(stem)

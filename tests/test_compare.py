@@ -7,6 +7,7 @@ import pytest
 
 from samlib import __main__ as cli
 from samlib import experiments
+from samlib import spec as specs_of
 from samlib.compare import FAILURE, FLIP, OK, Setting, compare
 from samlib.store import Store, open_store
 
@@ -73,6 +74,21 @@ def test_a_missing_run_is_a_failure(copy):
     row = fresh.frame(arms("noise20", "sgd_double")).iloc[0]
     fresh.record_path(row["key"]).unlink()
     assert compare("quick", committed, fresh).exit_code == FAILURE
+
+
+def test_a_missing_measure_is_a_failure(copy):
+    committed, fresh = copy
+    arm = arms("clean", "sam")[0]
+    fresh.record_path(specs_of.key(arm.measures_of(arm.specs[3])[0])).unlink()
+    found = compare("quick", committed, fresh)
+    assert {(s.metric, s.n) for s in found.deviations} == {("lambda_max", 10)}
+
+
+def test_a_profile_without_committed_records_has_nothing_to_compare_with(tmp_path):
+    empty = Store(tmp_path, writable=True)
+    found = compare("quick", empty, empty)
+    assert found.exit_code == OK
+    assert "nothing to compare with" in found.report()
 
 
 def test_a_deviation_of_tuning_runs_decides_nothing(copy):

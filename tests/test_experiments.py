@@ -104,6 +104,12 @@ def test_a_variation_has_keys_of_its_own_and_leaves_tuning_alone():
     assert epochs == {"sgd": 4, "sam": 4, "sgd_double": 8, "sam_half": 2}
 
 
+def test_fields_that_only_fit_together_may_be_changed_together():
+    both = {"num_shards": 64, "batch_size": 64}
+    for changes in (both, dict(reversed(both.items())), {"train_size": 100, "batch_size": 16}):
+        assert experiments.arms("sam_vs_sgd", "quick", overrides=changes)
+
+
 def test_measures_belong_to_the_member_they_are_taken_of():
     arm = Arm("sgd", "cell", RunSpec(), (0, 1), (measure("lambda_max"),))
     for member in arm.specs:
@@ -119,6 +125,11 @@ def test_measures_belong_to_the_member_they_are_taken_of():
         (lambda: experiments.arms("sam_vs_sgd", "quick", seeds=[1, 1]), ["seeds", "once"]),
         (lambda: experiments.arms("sam_vs_sgd", "quick", seeds="3"), ["seeds", "'3'"]),
         (lambda: experiments.arms("sam_vs_sgd", "quick", seeds=[-1]), ["seed", "-1"]),
+        (lambda: experiments.arms("sam_vs_sgd", "quick", seeds=[[1]]), ["seeds", "[[1]]", "whole"]),
+        (lambda: experiments.arms("sam_vs_sgd", "quick", overrides="epochs"), ["overrides", "mapping"]),
+        (lambda: experiments.arms("sam_vs_sgd", "quick", overrides={5: 1}), ["overrides", "5"]),
+        (lambda: experiments.arms("sam_vs_sgd", "quick", overrides={"seed": 1}), ["seed", "seeds"]),
+        (lambda: experiments.arms("sam_by_hand", "quick", overrides={"epohcs": 3}), ["epohcs", "epochs"]),
         (lambda: experiments.arms("sam_vs_sgd", "quick", overrides={"epohcs": 3}), ["epohcs", "epochs"]),
     ],
 )

@@ -90,7 +90,7 @@ def arms(
         InputError: unknown experiment, profile, seed or field; nothing has run by then.
     """
     declared = load(stem).arms(check_profile(profile))
-    specs_of.override(RunSpec(), overrides or {})  # a wrong name is an error even where only checks are run
+    check_overrides(overrides or {})
     if seeds is None and not overrides:
         return declared
     chosen = None if seeds is None else _seeds(seeds)
@@ -128,6 +128,15 @@ def published_scale(stem: str, profile: str) -> bool:
     return check_profile(profile) in load(stem).PUBLISHED_SCALE
 
 
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Their names alone, against any training run: a wrong one is an error even where only checks are run."""
+    if not isinstance(overrides, Mapping):
+        raise InputError(f"overrides = {overrides!r}: use a mapping of fields to values, for example {{'epochs': 20}}")
+    for name in overrides:
+        if specs_of.field_name(RunSpec(), name) == "seed":
+            raise InputError("overrides: 'seed' is not changed by itself: use the parameter seeds")
+
+
 def check_profile(profile: str) -> str:
     if profile not in PROFILES:
         raise InputError(f"profile = {profile!r} is unknown: use one of {', '.join(PROFILES)}")
@@ -138,6 +147,8 @@ def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(seeds, bool) or not isinstance(seeds, (int, Sequence)) or isinstance(seeds, str):
         raise InputError(f"seeds = {seeds!r}: use a number of seeds or a list of them")
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not all(isinstance(seed, int) for seed in chosen):
+        raise InputError(f"seeds = {seeds!r}: use whole numbers")
     if not chosen or len(set(chosen)) != len(chosen):
         raise InputError(f"seeds = {seeds!r}: use at least one seed, each once")
     return chosen
