@@ -4,8 +4,9 @@
 
 `results/published/claims.yaml` words the claims, their rules and the conventions that hold for every rule. The
 conventions stand below once, as functions that the rules call; a rule is then the wording of its claim, line for line.
-A rule is committed before the records it judges: `rule_digest` changes with the rule, with every convention it reaches
-and with its wording, and a test compares it with the digest at the commit of each record.
+A rule is committed before the records it judges: `rule_digest` changes with the rule, with every convention and every
+interval it reaches, with its wording and with the cells it is bound to, and a test compares it with the digest at the
+commit of each record.
 """
 
 import ast
@@ -604,37 +605,106 @@ def _nested_text(figures: Any) -> str:
 # ---------------------------------------------------------------------------------------------- digests
 
 
-def rule_digest(claim_id: str, source: str | None = None, claims_text: str | None = None) -> str:
-    """Sixteen hex digits over all that decides a claim: its rule, every definition of this module the rule reaches, and
-    the wording of its statistic and conditions. Comments, docstrings and layout do not count.
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The texts that hold all that decides a claim, at one revision.
 
-    Args:
-        source, claims_text: the text of this module and of `claims.yaml`, as they are or at an older revision.
+    `rules` is this module, `wording` is `claims.yaml`, `experiment` the module in `samlib/experiments` that the claim
+    names there, empty while there is none, `statistics` is `samlib/stats.py`.
+    """
+
+    rules: str
+    wording: str
+    experiment: str
+    statistics: str
+
+
+def sources(claim_id: str) -> Sources:
+    """The texts as they are now.
 
     Raises:
-        InputError: there is no such rule or claim in these texts.
+        InputError: unknown claim.
     """
-    source = Path(__file__).read_text(encoding="utf-8") if source is None else source
-    return _digest(claim_id, source, published.claims_text() if claims_text is None else claims_text)
+    stem = published.claim(claim_id).experiment
+    experiment = _text(f"experiments/{stem}.py") if stem in experiments.STEMS else ""
+    return Sources(_text("claims.py"), published.claims_text(), experiment, _text("stats.py"))
+
+
+def _text(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def rule_digest(claim_id: str, at: Sources | None = None) -> str:
+    """Sixteen hex digits over all that decides a claim. Comments, docstrings and layout do not count.
+
+    That is: its rule with every definition of this module the rule reaches; the definitions of `stats` those call, and
+    what they reach there; the claim's own entry in `DECIDES`, and `PUBLISHED_SCALE`, with what the two reach in the
+    experiment; and the wording of its statistic and conditions. What the cells hold is not part of it: it is in the
+    key of each record.
+
+    Args:
+        at: the texts of an older revision; by default those of now.
+
+    Raises:
+        InputError: there is no such rule or claim in these texts, or the experiment does not bind it.
+    """
+    return _digest(claim_id, sources(claim_id) if at is None else at)
 
 
 @cache
-def _digest(claim_id: str, source: str, claims_text: str) -> str:
-    definitions, wording = _definitions(source), _wording(claims_text)
-    body = next((node for node in definitions.values() if _decides(node, claim_id)), None)
+def _digest(claim_id: str, at: Sources) -> str:
+    rules, wording = _definitions(at.rules), _wording(at.wording)
+    body = next((node for node in rules.values() if _decides(node, claim_id)), None)
     if body is None or claim_id not in wording:
         raise InputError(f"claim = {claim_id!r} has no rule, or no entry in claims.yaml, at this revision")
-    code = [f"{name}={_normal_form(definitions[name])}" for name in sorted(_reached(body, definitions))]
-    text = "\n".join([claim_id, _normal_form(body), *code, *wording[claim_id]])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    reached = _reached(_names(body), rules)
+    called = _attributes_of("stats", [body, *(rules[name] for name in reached)])
+    statistics = _definitions(at.statistics)
+    lines = [claim_id, "rule", _normal_form(body), *_code(reached, rules)]
+    lines += ["stats", *_code(_reached(called, statistics), statistics)]
+    lines += ["experiment", *_binding(claim_id, at.experiment), "wording", *wording[claim_id]]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _binding(claim_id: str, experiment: str) -> list[str]:
+    """The cells bound to a claim and the profiles of published scale, as its experiment declares them."""
+    if not experiment:
+        return []
+    declared = _definitions(experiment)
+    cells = _entry(declared.get("DECIDES"), claim_id)
+    if cells is None or "PUBLISHED_SCALE" not in declared:
+        raise InputError(
+            f"claim = {claim_id!r} has no entry in DECIDES, or its experiment no PUBLISHED_SCALE, at this revision: "
+            "write the two at the top level, DECIDES as one dict literal"
+        )
+    return [_normal_form(cells), *_code(_reached(_names(cells) | {"PUBLISHED_SCALE"}, declared), declared)]
+
+
+def _entry(assignment: ast.stmt | None, key: str) -> ast.expr | None:
+    """The value of one key in the dict literal that a name is assigned."""
+    literal = getattr(assignment, "value", None)
+    if not isinstance(literal, ast.Dict):
+        return None
+    entries = zip(literal.keys, literal.values, strict=True)
+    return {name.value: value for name, value in entries if isinstance(name, ast.Constant)}.get(key)
+
+
+def _code(names: Iterable[str], definitions: Mapping[str, ast.stmt]) -> list[str]:
+    return [f"{name}={_normal_form(definitions[name])}" for name in sorted(names)]
 
 
 @cache
 def _wording(claims_text: str) -> dict[str, tuple[str, ...]]:
-    """The sentences of each claim that its rule puts into code."""
+    """The experiment each claim names, and the sentences its rule puts into code."""
     claims = published.parse_claims(claims_text)
     return {
-        name: (claim.statistic, claim.reproduced_if, claim.not_reproduced_if, claim.inconclusive_if)
+        name: (
+            claim.experiment,
+            claim.statistic,
+            claim.reproduced_if,
+            claim.not_reproduced_if,
+            claim.inconclusive_if,
+        )
         for name, claim in claims.items()
     }
 
@@ -647,12 +717,14 @@ def _definitions(source: str) -> dict[str, ast.stmt]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found[node.name] = node
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            found |= {name.id: node for name in ast.walk(node) if isinstance(name, ast.Name) and _is_target(name)}
+            found |= dict.fromkeys(_assigned(node), node)
     return found
 
 
-def _is_target(name: ast.Name) -> bool:
-    return isinstance(name.ctx, ast.Store)
+def _assigned(node: ast.Assign | ast.AnnAssign) -> list[str]:
+    """The names on the left; a loop variable of a comprehension on the right is not one."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
 def _decides(node: ast.stmt, claim_id: str) -> bool:
@@ -667,16 +739,29 @@ def _decides(node: ast.stmt, claim_id: str) -> bool:
     )
 
 
-def _reached(body: ast.stmt, definitions: Mapping[str, ast.stmt]) -> set[str]:
-    """Names of the definitions that a rule uses, and that those use in turn."""
+def _reached(names: Iterable[str], definitions: Mapping[str, ast.stmt]) -> set[str]:
+    """Those of the names that are defined, and the names of the definitions that those use in turn."""
     reached: set[str] = set()
-    waiting = [body]
+    waiting = set(names)
     while waiting:
-        names = {node.id for node in ast.walk(waiting.pop()) if isinstance(node, ast.Name)}
-        new = (names & definitions.keys()) - reached
+        new = (waiting & definitions.keys()) - reached
         reached |= new
-        waiting += [definitions[name] for name in new]
+        waiting = {used for name in new for used in _names(definitions[name])}
     return reached
+
+
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _attributes_of(module: str, trees: Iterable[ast.AST]) -> set[str]:
+    """X for every `module.X` in the trees."""
+    return {
+        node.attr
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module
+    }
 
 
 def _normal_form(node: Any) -> str:

@@ -1,10 +1,11 @@
 """Each rule at every edge of its outcome, on made-up frames; the conventions as properties; digests and their age."""
 
 import ast
+import dataclasses
 import hashlib
 import math
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -491,10 +492,14 @@ def test_a_miniature_never_claims_more_against_than_the_full_scale(gains):
 # ---------------------------------------------------------------------------------------------- verdicts from a store
 
 
-def save_arms(place, gains, roles=("sgd", "sam", "sgd_double", "sam_half"), cell="clean"):
+(BOUND,) = experiments.decides(PER_SEED, "quick")[1]
+CLEAN_CELLS = tuple({experiments.decides(claim, "quick")[1][0] for claim in (PER_SEED, BUDGET, TABLE_1, LONGER)})
+
+
+def save_arms(place, gains, roles=("sgd", "sam", "sgd_double", "sam_half"), cells=CLEAN_CELLS):
     """Records of the quick comparison: every role but plain SGD gains these points."""
     for arm in experiments.arms("sam_vs_sgd", "quick"):
-        if arm.cell != cell or arm.role not in roles:
+        if arm.cell not in cells or arm.role not in roles:
             continue
         for member, gain in zip(arm.specs, gains, strict=False):
             accuracy = 80.0 + (0.0 if arm.role.startswith("sgd") else gain)
@@ -516,7 +521,7 @@ def test_a_verdict_from_records(place):
     assert found.published == published.claim(PER_SEED).published
     assert found.rule_digest == claims.rule_digest(PER_SEED)
     assert found.reason.startswith("positive for every seed (at least 3) and interval above 0; matched: epochs")
-    assert "clean: of 10 seeds of sam, 6 missing" in found.reason
+    assert f"{BOUND}: of 10 seeds of sam, 6 missing" in found.reason
 
 
 def test_a_threshold_in_points_is_not_used_in_the_miniature(place):
@@ -526,7 +531,7 @@ def test_a_threshold_in_points_is_not_used_in_the_miniature(place):
 
 def test_the_noisy_cells_do_not_decide_the_clean_claims(place):
     save_arms(place, WIN)
-    save_arms(place, LOSS, cell="noise40")
+    save_arms(place, LOSS, cells=("noise40",))
     assert claims.verdict(PER_SEED, "quick", place).outcome == REPRODUCED
 
 
@@ -549,9 +554,12 @@ def test_a_claim_of_an_experiment_to_come_is_not_run(place, monkeypatch):
 
 
 def test_a_cell_that_no_arm_has_is_not_run(place):
-    arms = [arm for arm in experiments.arms("sam_vs_sgd", "quick") if arm.cell != "clean"]
+    arms = [arm for arm in experiments.arms("sam_vs_sgd", "quick") if arm.cell != BOUND]
     found = claims.judge(PER_SEED, "quick", place, arms)
-    assert (found.outcome, found.reason) == (NOT_RUN, "sam_vs_sgd has no arm in the cells clean on the profile quick")
+    assert (found.outcome, found.reason) == (
+        NOT_RUN,
+        f"sam_vs_sgd has no arm in the cells {BOUND} on the profile quick",
+    )
 
 
 def test_checks_are_never_a_miniature(place):
@@ -565,7 +573,7 @@ def test_checks_are_never_a_miniature(place):
 
 
 def test_a_variation_is_marked(place):
-    arms = [arm for arm in experiments.arms("sam_vs_sgd", "quick", seeds=[3, 4, 5]) if arm.cell == "clean"]
+    arms = [arm for arm in experiments.arms("sam_vs_sgd", "quick", seeds=[3, 4, 5]) if arm.cell == BOUND]
     for arm in arms:
         for member, accuracy in zip(arm.specs, (81.0, 81.5, 82.0), strict=True):
             accuracy -= 0.0 if arm.role == "sam" else 2.0 + member.seed / 8
@@ -616,8 +624,8 @@ def test_a_row_of_the_scoreboard(place):
     save_arms(place, WIN)
     found = claims.row(claims.verdict(PER_SEED, "quick", place))
     assert found["statistic"] == (
-        "clean: sam - sgd of test_accuracy_pct, paired by seed: 2 [0.7008, 3.299], n = 4; "
-        "clean: seeds with sam above sgd in test_accuracy_pct: 4, n = 4"
+        f"{BOUND}: sam - sgd of test_accuracy_pct, paired by seed: 2 [0.7008, 3.299], n = 4; "
+        f"{BOUND}: seeds with sam above sgd in test_accuracy_pct: 4, n = 4"
     )
     assert found["published"].startswith("sam 71.22, 70.77, 70.98; sgd 65.15")
     assert (found["outcome"], found["miniature"], found["paper"]) == (REPRODUCED, True, "coldenhoff2022")
@@ -640,10 +648,22 @@ def test_published_figures_on_one_line(figures, text):
 
 SOURCE = Path(claims.__file__).read_text(encoding="utf-8")
 TEXT = published.claims_text()
+COMPARISON, BY_HAND = claims.sources(PER_SEED).experiment, claims.sources(DUAL).experiment
+STATISTICS = claims.sources(PER_SEED).statistics
+EXACT = {DUAL, ONE_SHARD, JACOBIAN}
 
 
-def digest(claim=PER_SEED, source=SOURCE, text=TEXT):
-    return claims.rule_digest(claim, source, text)
+def digest(claim=PER_SEED, source=SOURCE, text=TEXT, **others):
+    return claims.rule_digest(claim, dataclasses.replace(claims.sources(claim), rules=source, wording=text, **others))
+
+
+def moved(of=tuple(RULES), **texts):
+    """Those of the claims whose digest is another one with these texts."""
+    return {claim for claim in of if digest(claim, **texts) != digest(claim)}
+
+
+def bound_by(stem):
+    return [claim for claim in RULES if published.claim(claim).experiment == stem]
 
 
 def edited(text, old, new):
@@ -683,9 +703,100 @@ def test_the_digest_follows_the_wording_of_the_rule(field):
 
 def test_a_digest_belongs_to_one_rule():
     assert len({digest(claim) for claim in RULES}) == len(RULES)
-    change = edited(SOURCE, "lambda error: error < 1e-8", "lambda error: error < 1e-7")
-    moved = {claim for claim in RULES if digest(claim, change) != digest(claim)}
-    assert moved == {JACOBIAN}
+    assert moved(source=edited(SOURCE, "lambda error: error < 1e-8", "lambda error: error < 1e-7")) == {JACOBIAN}
+
+
+@pytest.mark.parametrize("claim", RULES)
+def test_the_digest_follows_the_cells_bound_to_its_claim_and_to_no_other(claim):
+    stem = published.claim(claim).experiment
+    text = claims.sources(claim).experiment
+    rebound = edited(text, f'"{claim}": {{', f'"{claim}": {{"gpu": ("other",), ')
+    assert moved(experiment=rebound, of=bound_by(stem)) == {claim}
+
+
+def test_the_digest_follows_what_the_bound_cells_are_computed_from():
+    fewer = edited(BY_HAND, '"1.5", "2", "4", "inf"', '"1.5", "2", "4"')
+    assert moved(experiment=fewer, of=bound_by("sam_by_hand")) == {DUAL}
+    looped = BY_HAND + "\nBOUND = {p: p for p in DECIDES}\n"  # a loop variable elsewhere is not what p means in DECIDES
+    assert moved(experiment=looped, of=bound_by("sam_by_hand")) == set()
+    reached = edited(looped, '{"quick": ("toy",)}', '{"quick": tuple(BOUND)}')
+    rebound = edited(reached, '("one_shard",)', '("two_shards",)')
+    assert digest(TOY, experiment=rebound) != digest(TOY, experiment=reached)
+
+
+@pytest.mark.parametrize("stem", experiments.STEMS)
+def test_the_digest_follows_the_published_scale(stem):
+    text = claims.sources(bound_by(stem)[0]).experiment
+    changed = edited(text, "\nPUBLISHED_SCALE = frozenset(", "\nPUBLISHED_SCALE = {'gpu'} | frozenset(")
+    assert moved(experiment=changed, of=bound_by(stem)) == set(bound_by(stem))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("(1 + confidence) / 2, freedom", "confidence, freedom", set(RULES) - EXACT),
+        (
+            'confidence: float = 0.95) -> Interval:\n    """Mean with',
+            'confidence: float = 0.9) -> Interval:\n    """Mean with',
+            {TOY, TABLE_1, BUDGET},
+        ),
+        ("a[seed] - b[seed] for seed in a", "b[seed] - a[seed] for seed in a", set(RULES) - EXACT),
+        ("RESAMPLES = 9999", "RESAMPLES = 99", set()),  # no rule uses a bootstrap
+        ("# an exact sum: the order of seeds is nothing", "# exact", set()),
+        ('"""Mean with Student\'s t interval', '"""The mean with its interval', set()),
+    ],
+)
+def test_the_digest_follows_the_intervals_its_rule_uses(old, new, expected):
+    assert moved(statistics=edited(STATISTICS, old, new)) == expected
+
+
+def test_the_digest_ignores_what_binds_no_claim():
+    comments = edited(COMPARISON, "\nDECIDES = {", "\n# What decides what.\nDECIDES = {  # here")
+    comments = edited(comments, '"""01: SAM against SGD', '"""SAM and SGD')
+    assert moved(experiment=comments, of=bound_by("sam_vs_sgd")) == set()
+    seeds = edited(BY_HAND, "EXACT_SEEDS = tuple(range(5))", "EXACT_SEEDS = tuple(range(6))")
+    assert moved(experiment=seeds, of=bound_by("sam_by_hand")) == set()
+
+
+@pytest.mark.parametrize("name", ["DECIDES", "PUBLISHED_SCALE"])
+def test_an_experiment_without_a_binding_is_refused(name):
+    with pytest.raises(InputError, match="no entry in DECIDES, or its experiment no PUBLISHED_SCALE"):
+        digest(experiment=edited(COMPARISON, f"\n{name} = ", f"\n{name.title()} = "))
+    with pytest.raises(InputError, match="no entry in DECIDES"):
+        digest(experiment=BY_HAND)
+    with pytest.raises(InputError, match="DECIDES as one dict literal"):
+        digest(experiment=edited(COMPARISON, "\nDECIDES = {", "\nDECIDES = {} | {"))
+
+
+def test_a_rule_may_come_before_its_experiment():
+    assert digest(experiment="") != digest()
+
+
+@pytest.mark.parametrize(
+    "text", [SOURCE, STATISTICS, COMPARISON, BY_HAND], ids=["claims", "stats", "sam_vs_sgd", "sam_by_hand"]
+)
+def test_nothing_at_the_top_of_these_modules_escapes_the_digest(text):
+    """Each name is defined once: no `DECIDES[...] = ...`, no update, no branch that the digest would miss."""
+    first, *rest = ast.parse(text).body
+    assert isinstance(first, ast.Expr)  # the docstring
+    imports = [node for node in rest if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = []
+    for node in rest:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        elif node not in imports:
+            assert isinstance(node, (ast.Assign, ast.AnnAssign)), ast.unparse(node)
+            names += claims._assigned(node)
+    assert len(set(names)) == len(names)
+    assert set(names) == set(claims._definitions(text))
+    assert not any(getattr(node, "module", "") == "samlib.stats" for node in imports)  # it is used as `stats.X`
+    assert not any(alias.asname for node in imports for alias in node.names if alias.name == "stats")
+
+
+@pytest.mark.parametrize("stem", experiments.STEMS)
+def test_the_bindings_are_a_literal_with_each_claim_once(stem):
+    literal = claims._definitions(claims.sources(bound_by(stem)[0]).experiment)["DECIDES"].value
+    assert [key.value for key in literal.keys] == list(experiments.load(stem).DECIDES)
 
 
 def test_a_revision_without_the_rule_has_no_digest():
@@ -728,13 +839,20 @@ def last_commits(log: str) -> dict[str, str]:
     return found
 
 
+def sources_of(claim: str, read: Callable[[str], str]) -> claims.Sources:
+    """The texts behind a rule; the wording says which experiment decides it."""
+    wording = read("results/published/claims.yaml")
+    named = published.parse_claims(wording)
+    if claim not in named:
+        raise InputError(f"claim = {claim!r} is not in claims.yaml at this revision")
+    experiment = read(f"samlib/experiments/{named[claim].experiment}.py")
+    return claims.Sources(read("samlib/claims.py"), wording, experiment, read("samlib/stats.py"))
+
+
 def digest_at(root: Path, commit: str, claim: str) -> str:
     """The digest of a rule at a commit; empty where there was none."""
     try:
-        texts = [
-            git(root, "show", f"{commit}:{path}") for path in ("samlib/claims.py", "results/published/claims.yaml")
-        ]
-        return claims.rule_digest(claim, *texts)
+        return claims.rule_digest(claim, sources_of(claim, lambda path: git(root, "show", f"{commit}:{path}")))
     except (subprocess.CalledProcessError, InputError):
         return ""
 
@@ -742,15 +860,22 @@ def digest_at(root: Path, commit: str, claim: str) -> str:
 def records_older_than_their_rule(root: Path, judged: Mapping[str, Iterable[str]]) -> list[str]:
     """Records whose rule was another one, or none, when they were last committed. `judged`: claim -> record paths."""
     commits = last_commits(git(root, "log", "--format=commit:%H", "--name-only", "--", "results"))
-    source = (root / "samlib" / "claims.py").read_text(encoding="utf-8")
-    text = (root / "results" / "published" / "claims.yaml").read_text(encoding="utf-8")
     found = []
     for claim, paths in judged.items():
-        present = claims.rule_digest(claim, source, text)
+        present = claims.rule_digest(claim, sources_of(claim, lambda path: (root / path).read_text(encoding="utf-8")))
         committed = [path for path in paths if path in commits]
         at = {commit: digest_at(root, commit, claim) for commit in {commits[path] for path in committed}}
         found += [f"{claim}: {path} of {commits[path][:8]}" for path in committed if at[commits[path]] != present]
     return found
+
+
+# path -> the text a repository of the tests holds there
+FILES = {
+    "results/published/claims.yaml": TEXT,
+    "samlib/claims.py": SOURCE,
+    "samlib/experiments/sam_vs_sgd.py": COMPARISON,
+    "samlib/stats.py": STATISTICS,
+}
 
 
 @pytest.fixture
@@ -765,8 +890,8 @@ def project(tmp_path):
         git(tmp_path, "add", path)
         git(tmp_path, "commit", "--quiet", "-m", f"change {path}")
 
-    commit("results/published/claims.yaml", TEXT)
-    commit("samlib/claims.py", SOURCE)
+    for path, text in FILES.items():
+        commit(path, text)
     commit("results/quick/records/aa.json", "{}")
     return tmp_path, commit
 
@@ -790,6 +915,11 @@ def test_a_rule_that_came_first_is_accepted(project):
             "results/published/claims.yaml",
             TEXT.replace("wholly inside [-0.5, 0.5] points", "wholly inside [-0.5, 0.1]"),
         ),
+        (
+            "samlib/experiments/sam_vs_sgd.py",
+            COMPARISON.replace(f'"{PER_SEED}": {{', f'"{PER_SEED}": {{"gpu": ("b",), '),
+        ),
+        ("samlib/stats.py", STATISTICS.replace("(1 + confidence) / 2", "confidence")),
     ],
 )
 def test_a_rule_changed_after_its_records_is_caught_until_they_are_made_anew(project, path, text):
@@ -797,7 +927,7 @@ def test_a_rule_changed_after_its_records_is_caught_until_they_are_made_anew(pro
     commit(path, text)
     (older,) = records_older_than_their_rule(root, JUDGED)
     assert older.startswith(f"{PER_SEED}: results/quick/records/aa.json of ")
-    (root / path).write_text(SOURCE if path.endswith("py") else TEXT, encoding="utf-8")
+    (root / path).write_text(FILES[path], encoding="utf-8")
     assert records_older_than_their_rule(root, JUDGED) == []  # the old rule, not yet committed, is the right one
     (root / path).write_text(text, encoding="utf-8")
     commit("results/quick/records/aa.json", '{"anew": 1}')
@@ -806,13 +936,13 @@ def test_a_rule_changed_after_its_records_is_caught_until_they_are_made_anew(pro
 
 def test_a_record_committed_before_any_rule_is_caught(tmp_path):
     git(tmp_path, "init", "--quiet")
-    (tmp_path / "results" / "published").mkdir(parents=True)
-    (tmp_path / "samlib").mkdir()
+    (tmp_path / "results").mkdir()
     (tmp_path / "results" / "aa.json").write_text("{}")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "-m", "a record")
-    (tmp_path / "samlib" / "claims.py").write_text(SOURCE, encoding="utf-8")
-    (tmp_path / "results" / "published" / "claims.yaml").write_text(TEXT, encoding="utf-8")
+    for path, text in FILES.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text, encoding="utf-8")
     assert len(records_older_than_their_rule(tmp_path, {PER_SEED: ["results/aa.json"]})) == 1
 
 
