@@ -369,8 +369,9 @@ TOY_SEEDS = 10
 AT_THE_EDGE = (0.9, 1.1)
 
 
-@rule("behdin-theorem32-toy", roles=("sgd", "sam", "msam"), matched="step size and batch")
+@rule("behdin-theorem32-toy", roles=("sgd", "sam", "msam"), matched="batches and the schedule of step sizes")
 def edge_of_stability(evidence: Evidence) -> Decision:
+    note(evidence, "lambda_max and edge_ratio are means over the second half of each run")
     pairs, edges = [], []
     for cell in evidence.cells:
         pairs += [

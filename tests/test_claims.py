@@ -448,6 +448,12 @@ def test_runs_away_from_the_edge_are_named():
     assert "n = 9, at least 10 are needed" in judge(TOY, toy(seeds=9))[2]
 
 
+def test_the_toy_theorem_says_what_is_averaged_and_what_is_shared():
+    reason = judge(TOY, toy())[2]
+    assert "matched: batches and the schedule of step sizes" in reason
+    assert "lambda_max and edge_ratio are means over the second half of each run" in reason
+
+
 def test_an_arm_of_the_toy_theorem_that_is_absent_is_not_run():
     assert outcome(TOY, [r for r in toy() if r["role"] != "msam"]) == NOT_RUN
 
