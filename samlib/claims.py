@@ -524,7 +524,7 @@ def judge(claim_id: str, profile: str, store: Store, arms: Sequence[Arm], *, var
     """
     claim = published.claim(claim_id)
     stem, cells = experiments.decides(claim_id, profile)
-    digest = rule_digest(claim_id) if claim_id in RULES else ""
+    digest = rule_digest(claim_id, profile=profile) if claim_id in RULES else ""
     absent = _nothing_to_judge(claim, profile, stem, cells, arms)
     if absent:
         return Verdict(claim_id, NOT_RUN, (), claim.published, digest, False, profile, absent, varied)
@@ -635,25 +635,26 @@ def _text(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
-def rule_digest(claim_id: str, at: Sources | None = None) -> str:
+def rule_digest(claim_id: str, at: Sources | None = None, profile: str = "quick") -> str:
     """Sixteen hex digits over all that decides a claim. Comments, docstrings and layout do not count.
 
     That is: its rule with every definition of this module the rule reaches; the definitions of `stats` those call, and
-    what they reach there; the claim's own entry in `DECIDES`, and `PUBLISHED_SCALE`, with what the two reach in the
-    experiment; and the wording of its statistic and conditions. What the cells hold is not part of it: it is in the
-    key of each record.
+    what they reach there; the claim's own entry in `DECIDES` for the profile, and `PUBLISHED_SCALE`, with what the two
+    reach in the experiment; and the wording of its statistic and conditions. What the cells hold is not part of it: it
+    is in the key of each record.
 
     Args:
         at: the texts of an older revision; by default those of now.
+        profile: whose cells count, so that another profile may be bound later.
 
     Raises:
         InputError: there is no such rule or claim in these texts, or the experiment does not bind it.
     """
-    return _digest(claim_id, sources(claim_id) if at is None else at)
+    return _digest(claim_id, sources(claim_id) if at is None else at, profile)
 
 
 @cache
-def _digest(claim_id: str, at: Sources) -> str:
+def _digest(claim_id: str, at: Sources, profile: str) -> str:
     rules, wording = _definitions(at.rules), _wording(at.wording)
     body = next((node for node in rules.values() if _decides(node, claim_id)), None)
     if body is None or claim_id not in wording:
@@ -663,27 +664,28 @@ def _digest(claim_id: str, at: Sources) -> str:
     statistics = _definitions(at.statistics)
     lines = [claim_id, "rule", _normal_form(body), *_code(reached, rules)]
     lines += ["stats", *_code(_reached(called, statistics), statistics)]
-    lines += ["experiment", *_binding(claim_id, at.experiment), "wording", *wording[claim_id]]
+    lines += ["experiment", *_binding(claim_id, at.experiment, profile), "wording", *wording[claim_id]]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _binding(claim_id: str, experiment: str) -> list[str]:
-    """The cells bound to a claim and the profiles of published scale, as its experiment declares them."""
+def _binding(claim_id: str, experiment: str, profile: str) -> list[str]:
+    """The cells bound to a claim on a profile, and the profiles of published scale, as its experiment declares them."""
     if not experiment:
         return []
     declared = _definitions(experiment)
-    cells = _entry(declared.get("DECIDES"), claim_id)
-    if cells is None or "PUBLISHED_SCALE" not in declared:
+    profiles = _entry(getattr(declared.get("DECIDES"), "value", None), claim_id)
+    if profiles is None or "PUBLISHED_SCALE" not in declared:
         raise InputError(
             f"claim = {claim_id!r} has no entry in DECIDES, or its experiment no PUBLISHED_SCALE, at this revision: "
             "write the two at the top level, DECIDES as one dict literal"
         )
-    return [_normal_form(cells), *_code(_reached(_names(cells) | {"PUBLISHED_SCALE"}, declared), declared)]
+    cells = _entry(profiles, profile)
+    reached = _reached((_names(cells) if cells else set()) | {"PUBLISHED_SCALE"}, declared)
+    return [_normal_form(cells) if cells else "no cells", *_code(reached, declared)]
 
 
-def _entry(assignment: ast.stmt | None, key: str) -> ast.expr | None:
-    """The value of one key in the dict literal that a name is assigned."""
-    literal = getattr(assignment, "value", None)
+def _entry(literal: ast.expr | None, key: str) -> ast.expr | None:
+    """The value of one key in a dict literal."""
     if not isinstance(literal, ast.Dict):
         return None
     entries = zip(literal.keys, literal.values, strict=True)

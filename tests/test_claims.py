@@ -712,12 +712,19 @@ def test_a_digest_belongs_to_one_rule():
     assert moved(source=edited(SOURCE, "lambda error: error < 1e-8", "lambda error: error < 1e-7")) == {JACOBIAN}
 
 
+def rebound(text: str, claim: str) -> str:
+    """An experiment that binds other cells to a claim on the quick profile."""
+    entry = f'"{claim}": {{'
+    if f'{entry}"quick": ' in text:
+        return edited(text, f'{entry}"quick": ', f'{entry}"quick": ("other",) or ')
+    return edited(text, entry, f'{entry}"quick": ("other",)')
+
+
 @pytest.mark.parametrize("claim", RULES)
 def test_the_digest_follows_the_cells_bound_to_its_claim_and_to_no_other(claim):
     stem = published.claim(claim).experiment
     text = claims.sources(claim).experiment
-    rebound = edited(text, f'"{claim}": {{', f'"{claim}": {{"gpu": ("other",), ')
-    assert moved(experiment=rebound, of=bound_by(stem)) == {claim}
+    assert moved(experiment=rebound(text, claim), of=bound_by(stem)) == {claim}
 
 
 def test_the_digest_follows_what_the_bound_cells_are_computed_from():
@@ -827,6 +834,15 @@ def f(x: int, *rest, key: str = "a", **more) -> list[int]:
 # ---------------------------------------------------------------------------------------------- rules before records
 
 
+def test_another_profile_may_be_bound_later():
+    bound = '"coldenhoff-a-sam-beats-sgd-per-seed": {"quick": ("plain",)}'
+    assert bound in COMPARISON
+    later = COMPARISON.replace(bound, bound.replace("{", '{"gpu": ("resnet18",), ', 1))
+    at = dataclasses.replace(claims.sources(PER_SEED), experiment=later)
+    assert claims.rule_digest(PER_SEED, at) == claims.rule_digest(PER_SEED)
+    assert claims.rule_digest(PER_SEED, at, "gpu") != claims.rule_digest(PER_SEED, profile="gpu")
+
+
 def git(root: Path, *arguments: str) -> str:
     named = ("-c", "user.name=A Tester", "-c", "user.email=tester@example.org", "-c", "commit.gpgsign=false")
     done = subprocess.run(["git", *named, *arguments], cwd=root, capture_output=True, text=True, check=True)
@@ -855,10 +871,11 @@ def sources_of(claim: str, read: Callable[[str], str]) -> claims.Sources:
     return claims.Sources(read("samlib/claims.py"), wording, experiment, read("samlib/stats.py"))
 
 
-def digest_at(root: Path, commit: str, claim: str) -> str:
+def digest_at(root: Path, commit: str, claim: str, profile: str) -> str:
     """The digest of a rule at a commit; empty where there was none."""
     try:
-        return claims.rule_digest(claim, sources_of(claim, lambda path: git(root, "show", f"{commit}:{path}")))
+        at = sources_of(claim, lambda path: git(root, "show", f"{commit}:{path}"))
+        return claims.rule_digest(claim, at, profile)
     except (subprocess.CalledProcessError, InputError):
         return ""
 
@@ -868,10 +885,14 @@ def records_older_than_their_rule(root: Path, judged: Mapping[str, Iterable[str]
     commits = last_commits(git(root, "log", "--format=commit:%H", "--name-only", "--", "results"))
     found = []
     for claim, paths in judged.items():
-        present = claims.rule_digest(claim, sources_of(claim, lambda path: (root / path).read_text(encoding="utf-8")))
-        committed = [path for path in paths if path in commits]
-        at = {commit: digest_at(root, commit, claim) for commit in {commits[path] for path in committed}}
-        found += [f"{claim}: {path} of {commits[path][:8]}" for path in committed if at[commits[path]] != present]
+        now = sources_of(claim, lambda path: (root / path).read_text(encoding="utf-8"))
+        committed = {path: (commits[path], Path(path).parts[1]) for path in paths if path in commits}  # and its profile
+        changed = {
+            (commit, profile)
+            for commit, profile in set(committed.values())
+            if digest_at(root, commit, claim, profile) != claims.rule_digest(claim, now, profile)
+        }
+        found += [f"{claim}: {path} of {made[0][:8]}" for path, made in committed.items() if made in changed]
     return found
 
 
@@ -923,7 +944,7 @@ def test_a_rule_that_came_first_is_accepted(project):
         ),
         (
             "samlib/experiments/sam_vs_sgd.py",
-            COMPARISON.replace(f'"{PER_SEED}": {{', f'"{PER_SEED}": {{"gpu": ("b",), '),
+            rebound(COMPARISON, PER_SEED),
         ),
         ("samlib/stats.py", STATISTICS.replace("(1 + confidence) / 2", "confidence")),
     ],
