@@ -14,8 +14,9 @@ from samlib.store import Record, Store
 # two instruction sets were seen to differ by some points of accuracy in one run: means over seeds are what `compare`
 # judges. A single run further off than this has more than rounding against it.
 EXACT = 1e-6
-RELATIVE = 0.25
-POINTS = 5.0
+RELATIVE = 0.25  # of numbers of any scale, such as losses and eigenvalues
+ROUNDING = 1e-6  # of numbers that are zero but for rounding
+POINTS = 5.0  # of percentages, in points: a share of 90 per cent would be a tolerance of 22 points
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class Report:
     @property
     def agrees(self) -> bool:
         return self._same_status and all(
-            _close(old, new, RELATIVE, POINTS if "_pct" in name else 1e-6) for name, old, new in self.numbers
+            _close(old, new, 0.0, POINTS) if "_pct" in name else _close(old, new, RELATIVE, ROUNDING)
+            for name, old, new in self.numbers
         )
 
     @property
@@ -82,4 +84,5 @@ def _number(value: float | None) -> float:
 
 
 def _close(old: float, new: float, relative: float, absolute: float) -> bool:
+    """Within the larger of the two tolerances; NaN is close to NaN."""
     return (math.isnan(old) and math.isnan(new)) or math.isclose(old, new, rel_tol=relative, abs_tol=absolute)
