@@ -88,13 +88,22 @@ def project_root() -> Path:
 def open_store(profile: str, store: str | Path = "results") -> "Store":
     """The committed records of a profile (`results`), the working store (`runs`), or a folder of your own.
 
+    A folder is written with a separator (`./mine`), so that a mistyped `results` is not taken for one.
+
     Raises:
-        InputError: unknown profile.
+        InputError: unknown profile, or a word that is no store.
     """
     check_profile(profile)
     if str(store) in STORES:
         return Store(project_root() / str(store) / profile, writable=str(store) == "runs")
-    return Store(Path(store).expanduser() / profile, writable=True)
+    folder = Path(store).expanduser()
+    if not (folder.is_absolute() or {"/", os.sep} & set(str(store))):
+        written = " (as text: a Path drops the './')" if isinstance(store, Path) else ""
+        raise InputError(
+            f"store = {str(store)!r} is unknown: use results, runs, or a folder written with a separator such as "
+            f"./mine{written}"
+        )
+    return Store(folder / profile, writable=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +126,16 @@ class Store:
         """The record of a key; None where there is none.
 
         Raises:
-            RecordError: the file is truncated, of another schema, or holds another spec than its name says.
+            RecordError: the file cannot be read, is truncated, of another schema or form, or holds another spec than
+                its name says.
         """
         path = self.record_path(key)
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecordError(f"record {path} cannot be read ({error}): move it away and run again") from error
         return parse(text, path, key)
 
     def save(self, record: Record) -> Path:
@@ -179,12 +191,16 @@ class Store:
         return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["cell", "role", "seed", "key", "status"])
 
     def history(self, arms: Sequence[Arm]) -> pd.DataFrame:
-        """One row per evaluated epoch of each recorded member: cell, role, seed, and the columns of the history."""
+        """One row per evaluated epoch of each finished member: cell, role, seed, and the columns of the history.
+
+        Only runs that are done and not stale are in it, the same runs whose numbers count in a frame: a run that
+        failed, diverged or was made by older code has no curve.
+        """
         frames = []
         for arm in arms:
             for member in arm.specs:
                 record = self.load(specs_of.key(member))
-                if record is not None and record.history:
+                if record is not None and record.status == "done" and not record.stale and record.history:
                     frames.append(pd.DataFrame(record.history).assign(cell=arm.cell, role=arm.role, seed=member.seed))
         return (
             pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["cell", "role", "seed", "epoch"])
@@ -238,11 +254,15 @@ def measure_columns(measure: MeasureSpec, values: dict[str, float | None]) -> di
 
 
 def parse(text: str, path: Path, key: str) -> Record:
-    """A record from its JSON text, checked against the key it is filed under."""
+    """A record from its JSON text, checked against the key it is filed under.
+
+    Raises:
+        RecordError: the text is no record that can be used; it names the path.
+    """
     try:
         data = json.loads(text)
         version = data["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(f"record {path} is truncated or no record ({error}): move it away and run again") from error
     if version != SCHEMA:
         raise RecordError(
@@ -251,7 +271,7 @@ def parse(text: str, path: Path, key: str) -> Record:
     try:
         record = Record(**data)
         actual = specs_of.key(specs_of.from_canonical(record.spec))
-    except (TypeError, InputError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # JSON of any form may stand in a spec
         raise RecordError(f"record {path} does not fit this samlib ({error}): move it away and run again") from error
     if not actual == record.key == key:
         raise RecordError(f"record {path} holds the spec of {actual}, not of {key}: move it away and run again")
@@ -259,7 +279,33 @@ def parse(text: str, path: Path, key: str) -> Record:
         raise RecordError(
             f"record {path} has status = {record.status!r}, not one of {', '.join(STATUSES)}: run it again"
         )
+    if unfit := _unfit_fields(record):
+        raise RecordError(f"record {path} has no numbers where they belong, in {', '.join(unfit)}: run it again")
     return record
+
+
+def _unfit_fields(record: Record) -> list[str]:
+    """The fields whose content is not of the form that `Record` gives them."""
+    history, final = record.history, record.final
+    fits = {
+        "history": isinstance(history, dict)
+        and all(isinstance(column, list) and _are_numbers(column) for column in history.values())
+        and len({len(column) for column in history.values()}) <= 1,
+        "final": isinstance(final, dict) and all(_is_row(row) for row in final.values()),
+        "measures": _is_row(record.measures),
+        "perturbation": _is_row(record.perturbation),
+        "wall_seconds": _are_numbers([record.wall_seconds]),
+        "environment": isinstance(record.environment, dict),
+    }
+    return [name for name, fit in fits.items() if not fit]
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and _are_numbers(row.values())
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(value is None or isinstance(value, (int, float)) for value in values)
 
 
 def write_text(path: Path, text: str) -> None:

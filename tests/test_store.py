@@ -6,10 +6,13 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from samlib import __main__ as cli
 from samlib import spec as specs_of
+from samlib import study, sweep
 from samlib.errors import InputError
 from samlib.experiments import Arm, measure
 from samlib.spec import OptimSpec, RunSpec
@@ -20,6 +23,11 @@ SPEC = RunSpec(optim=OptimSpec("sam", rho=0.1))
 
 def record(spec=SPEC, status="done", **fields):
     return Record(specs_of.key(spec), specs_of.canonical(spec), status, **fields)
+
+
+def with_spec(spec):
+    """A spoiler: the text of a record with another spec in it."""
+    return lambda text: text.replace(json.dumps(specs_of.canonical(SPEC), separators=(",", ":")), spec)
 
 
 @pytest.fixture
@@ -69,11 +77,31 @@ def test_a_reader_never_sees_a_part_of_a_record(store, monkeypatch):
         (lambda text: text.replace('"rho":0.1', '"rhoo":0.1'), ["does not fit", "rhoo"]),
         (lambda text: text.replace('"status":"done"', '"status":"good"'), ["status = 'good'"]),
         (lambda text: text.replace('"key":', '"extra":1,"key":'), ["does not fit", "extra"]),
+        (lambda text: "[" * 100_000, ["truncated or no record"]),
+        (with_spec("5"), ["does not fit"]),
+        (with_spec("null"), ["does not fit"]),
+        (with_spec('["train"]'), ["does not fit"]),
+        (with_spec('{"kind":["train"]}'), ["does not fit"]),
+        (with_spec('{"kind":"train","data":5}'), ["does not fit"]),
+        (with_spec('{"kind":"train","optim":[]}'), ["does not fit"]),
+        (with_spec('{"kind":"train","optim":{"rho":1' + "0" * 400 + "}}"), ["does not fit"]),
+        (with_spec('{"kind":"train","seed":NaN}'), ["does not fit", "seed"]),
+        (with_spec('{"kind":"check","check":"dual_norm","settings":5}'), ["does not fit"]),
+        (with_spec('{"kind":"check","check":"dual_norm","settings":{"p":NaN}}'), ["does not fit"]),
+        (lambda text: text.replace('"history":{}', '"history":5'), ["no numbers", "history"]),
+        (lambda text: text.replace('"history":{}', '"history":{"epoch":[1,2],"step":[1]}'), ["no numbers", "history"]),
+        (lambda text: text.replace('"final":{}', '"final":{"last":5}'), ["no numbers", "final"]),
+        (lambda text: text.replace('"measures":{}', '"measures":{"lambda_max":"7"}'), ["no numbers", "measures"]),
+        (lambda text: text.replace('"perturbation":{}', '"perturbation":[]'), ["no numbers", "perturbation"]),
+        (lambda text: text.replace('"wall_seconds":0.0', '"wall_seconds":"1 s"'), ["no numbers", "wall_seconds"]),
+        (lambda text: text.replace('"environment":{}', '"environment":"cpu"'), ["no numbers", "environment"]),
     ],
 )
 def test_a_record_that_cannot_be_used_is_named_and_can_be_put_aside(store, spoil, words):
     path = store.save(record())
-    path.write_text(spoil(path.read_text()))
+    text = path.read_text()
+    path.write_text(spoil(text))
+    assert path.read_text() != text
     with pytest.raises(RecordError) as error:
         store.load(specs_of.key(SPEC))
     for word in [str(path), "run", *words]:
@@ -81,6 +109,31 @@ def test_a_record_that_cannot_be_used_is_named_and_can_be_put_aside(store, spoil
     aside = store.put_aside(specs_of.key(SPEC))
     assert aside.exists()
     assert store.load(specs_of.key(SPEC)) is None
+
+
+def test_bytes_that_are_no_text_and_folders_are_named_too(store):
+    path = store.save(record())
+    path.write_bytes(b"\xff\xfe" + path.read_bytes())
+    with pytest.raises(RecordError, match=f"{path} cannot be read"):
+        store.load(path.stem)
+    store.put_aside(path.stem)
+    path.mkdir()
+    with pytest.raises(RecordError, match=f"{path} cannot be read"):
+        store.load(path.stem)
+    assert store.put_aside(path.stem).is_dir()
+
+
+def test_the_sweep_moves_every_unusable_record_aside_and_says_so(store, capsys):
+    specs = [RunSpec(seed=seed) for seed in range(3)]
+    paths = [store.save(record(spec)) for spec in specs]
+    paths[0].write_bytes(b"\xff\xfe")
+    paths[1].write_text(paths[1].read_text().replace('"spec":{', '"spec":5,"was":{'))
+    sweep.put_aside_unusable(store)
+    assert store.recorded() == [paths[2].stem]
+    assert pending(specs, store) == specs[:2]
+    error = capsys.readouterr().err
+    assert str(paths[0]) in error
+    assert str(paths[1]) in error
 
 
 def test_putting_aside_twice_keeps_both(store):
@@ -135,6 +188,19 @@ def test_history_is_long(store):
     assert history["seed"].tolist() == [0, 0, 1, 1]
 
 
+def test_history_holds_only_runs_that_are_done_and_not_stale(store):
+    arm = Arm("sam", "cell", SPEC, (0, 1, 2, 3))
+    history = {"epoch": [1, 2], "test_loss": [1.0, 0.5]}
+    store.save(record(arm.specs[0], "diverged", history=history))
+    store.save(record(arm.specs[1], "failed", history=history))
+    store.save(record(arm.specs[2], numerics=NUMERICS - 1, history=history))
+    assert store.history([arm]).empty
+    store.save(record(arm.specs[3], history=history))
+    assert store.history([arm])["seed"].tolist() == [3, 3]
+    frame = store.frame([arm])
+    assert set(store.history([arm])["seed"]) == set(frame.loc[frame["status"] == "done", "seed"])
+
+
 def test_parent_of_a_measure(store):
     found = Arm("sam", "cell", SPEC, (0,), (measure("lambda_max"),))
     spec = found.measures_of(found.specs[0])[0]
@@ -159,6 +225,35 @@ def test_a_store_that_cannot_be_written_is_refused_before_any_work(tmp_path):
 def test_unknown_profile(profile):
     with pytest.raises(InputError, match="quick, gpu, paper"):
         open_store(profile)
+
+
+@pytest.mark.parametrize("store", ["resuls", "result", "run", "Results", "mine", ".", "", Path("mine"), Path("./mine")])
+def test_a_word_that_is_no_store_is_refused(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        open_store("quick", store)
+    for word in (f"store = {str(store)!r}", "results, runs, or a folder written with a separator such as ./mine"):
+        assert word in str(error.value)
+    assert ("as text" in str(error.value)) == isinstance(store, Path)
+
+
+def test_a_mistyped_store_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="store = 'result'"):
+        study.open_study("sam_by_hand", store_name="result")
+    assert cli.main(["verdicts", "--store", "resuls"]) == 2
+    assert "store = 'resuls'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_your_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("./mine", "mine/", "~/mine", Path("~/mine"), tmp_path / "mine", str(tmp_path / "mine")):
+        store = open_store("quick", folder)
+        assert store.writable
+        assert store.folder.resolve() == tmp_path / "mine" / "quick"
+    assert open_store("quick", Path("a/b")).folder == Path("a/b/quick")
 
 
 def test_the_root_can_be_named(tmp_path, monkeypatch):
