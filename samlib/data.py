@@ -8,6 +8,8 @@ variable SAMLIB_DATA, else ~/.cache/samlib.
 import hashlib
 import os
 import urllib.error
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,11 +24,12 @@ from samlib.spec import DataSpec
 
 DIGITS_TEST_SIZE = 797  # of 1,797; the same test images for every seed
 DIGITS_SPLIT_SEED = 12345
+FIELDS = ("train_images", "train_labels", "test_images", "test_labels")  # of an npz, with `classes`
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """A data set as it lies on disk: uint8 images (N, height, width, channels) and labels (N,)."""
+    """A data set as it lies on disk: images (N, height, width, channels) and labels (N,), both uint8."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -66,7 +69,8 @@ def load(spec: DataSpec, seed: int, device: torch.device | str = "cpu") -> Split
     """The splits of a seed: validation and training images drawn without overlap, label noise, scaling.
 
     Raises:
-        InputError: more images asked for than there are, or a data set that is neither on disk nor downloadable.
+        InputError: more images asked for than there are, or a data set that is neither on disk nor downloadable, or
+            whose file cannot be read, written or used.
     """
     images = read(spec.name)
     train, validation = draw(len(images.train_labels), spec, seed)
@@ -110,7 +114,12 @@ def with_label_noise(labels: Tensor, share: float, num_classes: int, rng: torch.
 
 
 def scaled(images: Images, scaling: str) -> tuple[Tensor, Tensor]:
-    """Training and test inputs as float32 (n, channels, height, width); statistics come from the training images."""
+    """Training and test inputs as float32 (n, channels, height, width).
+
+    "standardize" takes its mean and sd per channel over all training images of the data set, before a seed draws from
+    them. Images that a seed validates on or leaves out are among them, test images are not; so the inputs are the same
+    for every seed.
+    """
     train, test = (
         torch.from_numpy(array).permute(0, 3, 1, 2).float() / images.maximum
         for array in (images.train_images, images.test_images)
@@ -168,13 +177,41 @@ def _cifar(name: str, folder: Path) -> Images:
     if not path.exists():
         _save_npz(path, *_from_torchvision(name, folder))
     try:
-        with np.load(path) as file:
-            fields = ("train_images", "train_labels", "test_images", "test_labels")
-            arrays = tuple(file[field] for field in fields)
-            classes = tuple(str(label) for label in file["classes"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        with open(path, "rb") as stream, np.load(stream) as file:
+            found = {field: file[field] for field in (*FIELDS, "classes")}
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"data file {path} cannot be read ({error}): delete it and run again") from error
-    return Images(*arrays, classes, _digest(arrays))
+    _check_form(path, found)
+    arrays = tuple(found[field] for field in FIELDS)
+    return Images(*arrays, tuple(str(label) for label in found["classes"]), _digest(arrays))
+
+
+def _check_form(path: Path, found: dict[str, np.ndarray]) -> None:
+    """
+    Raises:
+        InputError: an array of the npz is not of the form that `Images` describes, or a label has no class.
+    """
+
+    def require(fits: bool, field: str, what: str, wanted: str) -> None:
+        if not fits:
+            raise InputError(
+                f"data file {path}: {field} is {what}, wanted is {wanted}: put it in that form, or delete the file "
+                "and run again"
+            )
+
+    def form(field: str) -> str:
+        return f"{found[field].dtype} of shape {found[field].shape}"
+
+    classes = found["classes"]
+    require(classes.ndim == 1, "classes", form("classes"), "names of shape (classes,)")
+    for split in ("train", "test"):
+        images, labels = found[f"{split}_images"], found[f"{split}_labels"]
+        fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3 and images.size > 0
+        require(fits, f"{split}_images", form(f"{split}_images"), "uint8 of shape (N, height, width, 3)")
+        fits = labels.dtype == np.uint8 and labels.shape == images.shape[:1]
+        require(fits, f"{split}_labels", form(f"{split}_labels"), f"uint8 of shape ({len(images)},)")
+        largest = int(labels.max())
+        require(largest < len(classes), f"{split}_labels", f"up to {largest}", f"0 to {len(classes) - 1}")
 
 
 def _from_torchvision(name: str, folder: Path) -> tuple[tuple[np.ndarray, ...], list[str]]:
@@ -197,11 +234,23 @@ def _from_torchvision(name: str, folder: Path) -> tuple[tuple[np.ndarray, ...], 
 
 
 def _save_npz(path: Path, arrays: tuple[np.ndarray, ...], classes: list[str]) -> None:
-    """Written under another name first, so that an interrupted write leaves no broken file behind."""
+    """Written under another name first, so that an interrupted write leaves no broken file behind.
+
+    Raises:
+        InputError: the folder is full or cannot be written.
+    """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    fields = ("train_images", "train_labels", "test_images", "test_labels")
-    np.savez(temporary, **dict(zip(fields, arrays, strict=True)), classes=np.array(classes))
-    temporary.replace(path)
+    try:
+        try:
+            np.savez(temporary, **dict(zip(FIELDS, arrays, strict=True)), classes=np.array(classes))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"data folder {path.parent} cannot take {path.name} ({error.strerror}): make room or make it writable, or "
+            "name another folder in SAMLIB_DATA"
+        ) from error
 
 
 def _digest(arrays: tuple[np.ndarray, ...]) -> str:

@@ -2,6 +2,8 @@
 
 import hashlib
 import pickle
+import resource
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -161,3 +163,108 @@ def test_a_broken_npz_is_named(root):
     (root / "cifar10.npz").write_bytes(b"PK not really")
     with pytest.raises(InputError, match=r"cifar10\.npz cannot be read.*delete it"):
         data.read("cifar10")
+
+
+def contents(**changes):
+    """The arrays of a small CIFAR npz, some of them changed."""
+    rng = np.random.default_rng(0)
+    images = {f"{split}_images": rng.integers(0, 256, (4, 32, 32, 3), np.uint8) for split in ("train", "test")}
+    labels = {f"{split}_labels": np.array([0, 3, 9, 1], np.uint8) for split in ("train", "test")}
+    return {**images, **labels, "classes": np.array([f"class {index}" for index in range(10)]), **changes}
+
+
+def flip_the_middle(raw):
+    middle = len(raw) // 2
+    return raw[:middle] + bytes(255 - byte for byte in raw[middle : middle + 64]) + raw[middle + 64 :]
+
+
+@pytest.mark.parametrize(
+    ("write", "spoil"),
+    [
+        (np.savez, lambda raw: raw[: len(raw) // 2]),
+        (np.savez, lambda raw: b""),
+        (np.savez, flip_the_middle),
+        (np.savez_compressed, flip_the_middle),
+    ],
+    ids=["truncated", "empty", "checksum", "compressed stream"],
+)
+def test_a_damaged_npz_is_named(root, write, spoil):
+    path = root / "cifar10.npz"
+    write(path, **contents())
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(InputError, match=r"cifar10\.npz cannot be read.*delete it"):
+        data.read("cifar10")
+
+
+def test_a_single_array_under_the_name_of_an_npz_is_named(root):
+    with open(root / "cifar10.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(InputError, match=r"cifar10\.npz cannot be read.*delete it"):
+        data.read("cifar10")
+
+
+@pytest.mark.parametrize(
+    ("field", "array", "found", "wanted"),
+    [
+        ("train_images", np.zeros((4, 3, 32, 32), np.float32), "float32 of shape (4, 3, 32, 32)", "uint8"),
+        ("train_images", np.zeros((4, 3, 32, 32), np.uint8), "shape (4, 3, 32, 32)", "(N, height, width, 3)"),
+        ("test_images", np.zeros((4, 32, 32, 3), np.float32), "float32", "uint8 of shape (N, height, width, 3)"),
+        ("test_images", np.zeros((4, 3072), np.uint8), "shape (4, 3072)", "(N, height, width, 3)"),
+        ("test_images", np.zeros((0, 32, 32, 3), np.uint8), "shape (0, 32, 32, 3)", "(N, height, width, 3)"),
+        ("train_labels", np.zeros((4, 1), np.uint8), "uint8 of shape (4, 1)", "shape (4,)"),
+        ("train_labels", np.zeros(4, np.float32), "float32", "uint8"),
+        ("test_labels", np.zeros(3, np.uint8), "shape (3,)", "shape (4,)"),
+        ("test_labels", np.array([0, 1, 2, 10], np.uint8), "up to 10", "0 to 9"),
+        ("classes", np.array("class 0"), "shape ()", "(classes,)"),
+    ],
+)
+def test_an_array_of_another_form_is_refused_with_what_was_found_and_what_is_wanted(root, field, array, found, wanted):
+    np.savez(root / "cifar10.npz", **contents(**{field: array}))
+    with pytest.raises(InputError) as error:
+        data.read("cifar10")
+    for word in (str(root / "cifar10.npz"), f"{field} is", found, wanted, "delete the file"):
+        assert word in str(error.value)
+
+
+def test_arrays_of_the_right_form_are_read(root):
+    np.savez(root / "cifar10.npz", **contents())
+    assert data.read("cifar10").train_labels.tolist() == [0, 3, 9, 1]
+
+
+@contextmanager
+def small_disk():
+    """Files of this process end after 20,000 bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_data_folder_is_named_and_keeps_no_part_of_a_file(root, monkeypatch):
+    # each file of the archive fits below the limit (4 images of 3,072 bytes); the npz of all 24 does not
+    for attribute, value in tiny_archive(root, CIFAR10, np.random.default_rng(0)).items():
+        monkeypatch.setattr(CIFAR10, attribute, value)
+    with small_disk(), pytest.raises(InputError) as error:
+        data.read("cifar10")
+    for word in (f"data folder {root} ", "cifar10.npz", "make room", "SAMLIB_DATA"):
+        assert word in str(error.value)
+    assert not list(root.glob("*.npz"))
+    assert not list(root.glob(".*.npz"))
+
+
+def test_standardising_takes_all_training_images_of_the_set_and_no_test_image():
+    images = data.read("digits")
+    pixels = images.train_images.astype(np.float64) / 16
+    wanted = (pixels - pixels.mean()) / pixels.std(ddof=1)
+    train, test = data.scaled(images, "standardize")
+    np.testing.assert_allclose(train.numpy()[:, 0], wanted[..., 0], atol=1e-5)
+    np.testing.assert_allclose(
+        test.numpy()[:, 0], (images.test_images[..., 0] / 16 - pixels.mean()) / pixels.std(ddof=1), atol=1e-5
+    )
+    # the same pixels for every seed: an image of one seed's split is, digit for digit, one of the scaled pool
+    for seed in (0, 1):
+        split = data.load(NOISY, seed).train.inputs
+        order, _ = data.draw(1000, NOISY, seed)
+        assert torch.equal(split, train[order])
