@@ -7,45 +7,86 @@ import pandas as pd
 from samlib import experiments
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.spec import CheckSpec, RunSpec
+from samlib.spec import CheckSpec, MeasureSpec, RunSpec
 from samlib.store import Store
 
 COLUMNS = {
     "experiment": "stem of the experiment that declares the run",
     "cell": "setting shared by the arms that are compared with each other",
     "role": "name of the arm in the decision rules",
-    "seed": "seed of the data split, the noise, the initial weights and the order of the batches",
+    "seed": "seed of the data split, the noise, the initial weights and the order of the batches; "
+    "of a check: of every random number in it",
     "key": "hash of the spec; the record is records/<key>.json",
-    "status": "done, diverged, failed, stale (made by older code) or missing",
+    "status": "done, diverged (loss or weights not finite), failed, stale (made by older code) or missing",
     "wall_seconds": "time of the run, on the machine that the record names [s]",
-    "epoch": "passes over the training images",
-    "step": "updates of the weights",
+    # what is evaluated during training
+    "epoch": "passes over the training images so far",
+    "step": "updates of the weights so far",
     "lr": "learning rate of the last update of the epoch",
-    "running_loss": "mean over the epoch of the logged training loss, smoothing and all [nat]",
+    "running_loss": "mean over the epoch's updates of the logged training loss, smoothing and all [nat]",
     "train_loss": "mean cross entropy of the training images with the labels trained on, eval mode [nat]",
     "train_accuracy_pct": "accuracy on the training images, against the labels trained on [%]",
     "validation_loss": "mean cross entropy of the validation images, clean labels [nat]",
     "validation_accuracy_pct": "accuracy on the validation images, clean labels [%]",
     "test_loss": "mean cross entropy of the test images [nat]",
     "test_accuracy_pct": "accuracy on the test images [%]",
+    # what acts of the perturbation, round(w + eps) - round(w), at the weights the run ended with
     "perturbation_norm_ratio": "norm of the perturbation that acts at the run's precision, over that of eps",
-    "perturbation_cosine": "cosine between the perturbation that acts and eps",
-    "perturbation_unmoved_fraction": "share of the perturbed weights that eps does not move at the run's precision",
-    "lambda_max": "largest eigenvalue of the Hessian of the training loss, eval mode",
-    "adversarial_sharpness": "rise of the training loss at the ascent point of norm rho",
+    "perturbation_cosine": "cosine between the perturbation that acts and eps; 0 if nothing acts",
+    "perturbation_unmoved_fraction": "share of all weights, those left out of the perturbation among them, whose value "
+    "at the run's precision eps does not change",
+    # measures of a trained model
+    "lambda_max": "runs: largest (not largest absolute) eigenvalue of the Hessian of the mean cross entropy of the "
+    "training images with the labels trained on, eval mode; checks: that of the toy's loss over all its examples, mean "
+    "of 14 points in the second half of the run",
+    "lambda_max:residual": "||Hv - lambda_max v|| / |lambda_max| of the unit eigenvector v found: bounds the relative "
+    "distance of lambda_max to the nearest eigenvalue",
+    "lambda_max:products": "Hessian-vector products that lambda_max took",
+    "lambda_max:converged": "True where the Lanczos iteration for lambda_max reached its tolerance; where it did not, "
+    "the measure has no numbers",
+    "adversarial_sharpness": "perturbed_loss - loss: rise of the mean cross entropy of the training images with the "
+    "labels trained on, eval mode, from w to w + eps, with eps one ascent step of norm rho = 0.05 on all the images "
+    "at once; negative where the loss falls along its own gradient [nat]",
+    "adversarial_sharpness:perturbed_loss": "the loss at w + eps, at the end of that ascent [nat]",
+    "adversarial_sharpness:loss": "the loss at w, from which adversarial_sharpness rises [nat]",
+    # exact checks: settings
     "check": "name of the exact check in samlib.checks",
+    "p": "setting of dual_norm: exponent of the norm of the ball ||eps||_p <= rho, above 1; inf is the largest entry",
+    "method": "setting of edge_of_stability: optimiser that trains the toy, sgd, sam or msam",
+    # exact checks: values
+    "relative_gap": "dual_norm: |<eps, g> - best| / best, for eps in closed form and best the largest <e, g> in the "
+    "p-ball that a numerical solver finds; 0 in theory",
+    "norm_ratio": "dual_norm: ||eps||_p / rho of the eps in closed form; 1 in theory",
+    "max_relative_difference": "one_shard: max |a - b| / max |b| between an mSAM update a with one shard and a SAM "
+    "update b, the larger of two: b by samlib.optim and b written out by hand; 0 in theory",
+    "mean_of_ascents_difference": "one_shard: max |a - b| / max |b| between an mSAM update a with three shards and the "
+    "mean b of three SAM updates by hand, one per shard; 0 in theory",
+    "min_eigenvalue_sam_minus_sgd": "effective_jacobian: smallest eigenvalue of J_SAM - J_SGD, the mean linear "
+    "operators J of one step w <- (I - lr J) w on a quadratic loss, measured on the optimisers; not below 0 in theory",
+    "min_eigenvalue_msam_minus_sam": "effective_jacobian: smallest eigenvalue of J_mSAM - J_SAM, likewise; not below 0 "
+    "in theory",
+    "formula_error": "effective_jacobian: largest |measured - formula| entry of the three J, each relative to the "
+    "largest entry of its formula; 0 in theory",
+    "edge_ratio": "edge_of_stability: lr / 2 times the top eigenvalue of the method's mean linear operator J, mean of "
+    "the points of lambda_max; 1 at the edge of stability",
+    "stability_limit": "edge_of_stability: 2 / lr, the lambda_max at which SGD would cease to be stable, mean of the "
+    "points of lambda_max",
+    "loss": "edge_of_stability: half the mean squared error of the toy over all its examples, mean of the points of "
+    "lambda_max",
 }
-EPOCH_SUFFIXES = {
-    "best_test": "at the epoch of highest test accuracy (the choice some papers report; it has seen the test set)",
-    "best_validation": "at the epoch of highest validation accuracy (early stopping)",
+EPOCHS = {
+    "best_test": "epoch of highest test accuracy (the choice some papers report; it has seen the test set)",
+    "best_validation": "epoch of highest validation accuracy (early stopping)",
 }
 
 
 def export(profile: str, store: Store, folder: Path) -> list[Path]:
-    """Writes runs.csv (one row per run), checks.csv, history.csv (one row per evaluated epoch) and columns.csv.
+    """Writes runs.csv and checks.csv (one row per run), history.csv (one row per evaluated epoch of the finished runs)
+    and columns.csv (what each column of the three means).
 
     Raises:
-        InputError: the store has no records of this profile, or the folder cannot be written.
+        InputError: the store has no records of this profile, a column has no meaning on record, or the folder cannot
+            be written. In the first two cases nothing has been written.
     """
     if not store.recorded():
         raise InputError(f"store = {store.folder} has no records: run the profile first, or name another store")
@@ -68,16 +109,28 @@ def export(profile: str, store: Store, folder: Path) -> list[Path]:
 
 
 def describe(column: str) -> str:
-    """One entry of the data dictionary."""
-    documented = COLUMNS | specs_of.documentation(RunSpec)
+    """One entry of the data dictionary, for a name made as `<entry>`, `<metric>@<epoch>`, or
+    `<measure>@<field>=<value>@...:<companion>`.
+
+    Raises:
+        InputError: a column without an entry of its own: a dictionary that guesses would mislead its reader.
+    """
     head, _, rest = column.partition("@")
-    head, _, companion = head.partition(":")
-    meaning = documented.get(head, f"value of the exact check: {head.replace('_', ' ')}")
-    companion = rest.partition(":")[2] or companion
-    if rest in EPOCH_SUFFIXES:
-        return f"{meaning}, {EPOCH_SUFFIXES[rest]}" if head != "epoch" else f"epoch {EPOCH_SUFFIXES[rest]}"
-    taken = f"; measured with {rest.partition(':')[0].replace('@', ', ')}" if rest else ""
-    return f"{companion.replace('_', ' ')} of: {meaning}{taken}" if companion else f"{meaning}{taken}"
+    chosen, _, companion = rest.partition(":")
+    entry = f"{head}:{companion}" if companion else head
+    settings = chosen.split("@") if chosen else []
+    documented = COLUMNS | {name: doc for name, doc in specs_of.documentation(RunSpec).items() if "." in name}
+    if entry not in documented or not (chosen in EPOCHS or all(map(_is_setting, settings))):
+        raise InputError(f"column = {column!r} has no entry in the data dictionary: add one to samlib.export.COLUMNS")
+    if chosen in EPOCHS:
+        return EPOCHS[chosen] if entry == "epoch" else f"{documented[entry]}, at the {EPOCHS[chosen]}"
+    return documented[entry] + (f"; here with {', '.join(settings)} instead" if settings else "")
+
+
+def _is_setting(text: str) -> bool:
+    """Whether `text` is how the name of a measure's column gives one of its settings (`MeasureSpec.column`)."""
+    name, _, value = text.partition("=")
+    return name in specs_of.documentation(MeasureSpec) and bool(value)
 
 
 def _tables(profile: str, read, kind: type) -> pd.DataFrame:
