@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         found.set_defaults(command=function)
         found.add_argument("--profile", default="quick", help=f"one of {', '.join(experiments.PROFILES)}")
         if store:
-            found.add_argument("--store", default=store, help="results, runs, or a folder of your own")
+            found.add_argument("--store", default=store, help="results, runs, or a folder such as ./mine")
         return found
 
     listing = command("list", list_experiments, "List the experiments with their runs and claims.", "results")

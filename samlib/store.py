@@ -103,7 +103,8 @@ def open_store(profile: str, store: str | Path = "results") -> "Store":
             f"store = {str(store)!r} is unknown: use results, runs, or a folder written with a separator such as "
             f"./mine{written}"
         )
-    return Store(folder / profile, writable=True)
+    committed = folder.resolve() == (project_root() / "results").resolve()  # also when a shell completes the name
+    return Store(folder / profile, writable=not committed)
 
 
 @dataclass(frozen=True, slots=True)

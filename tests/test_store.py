@@ -210,6 +210,12 @@ def test_parent_of_a_measure(store):
     assert parent_spec(store, spec) == SPEC
 
 
+@pytest.mark.parametrize("name", ["./results", "results/", str(project_root() / "results")])
+def test_committed_records_are_read_only_under_any_name(name, monkeypatch):
+    monkeypatch.chdir(project_root())
+    assert not open_store("quick", name).writable
+
+
 def test_committed_records_are_read_only():
     with pytest.raises(InputError, match="read-only"):
         open_store("quick", "results").check_writable()
