@@ -62,7 +62,7 @@ def test_a_mean_outside_its_tolerance_is_a_failure(copy):
 def test_a_flipped_verdict_is_printed_and_has_a_code_of_its_own(copy):
     committed, fresh = copy
     for role, by in (("sam", -60.0), ("sam_half", -60.0)):
-        rewrite(fresh, arms("clean", role), shift("test_accuracy_pct", by))
+        rewrite(fresh, arms("plain", role), shift("test_accuracy_pct", by))
     found = compare("quick", committed, fresh)
     assert found.exit_code == FLIP
     assert "coldenhoff-a-sam-beats-sgd-per-seed" in {claim for claim, _, _ in found.flips}
