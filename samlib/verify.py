@@ -10,9 +10,9 @@ from samlib import spec as specs_of
 from samlib.spec import MeasureSpec
 from samlib.store import Record, Store
 
-# On the machine that made a record a run repeats to the last digit. On another processor the path of a run drifts, and
-# two instruction sets were seen to differ by some points of accuracy in one run: means over seeds are what `compare`
-# judges. A single run further off than this has more than rounding against it.
+# On the machine that made a record a run repeats to the last digit. On another processor the path of a run drifts: two
+# instruction sets were seen to differ by up to 1.8 points of accuracy in one run; `compare` judges means over seeds.
+# A single run further off than this has more than rounding against it.
 EXACT = 1e-6
 RELATIVE = 0.25  # of numbers of any scale, such as losses and eigenvalues
 ROUNDING = 1e-6  # of numbers that are zero but for rounding
