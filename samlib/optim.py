@@ -268,6 +268,10 @@ class SAM(Optimizer):
         """True in every pass that follows a pass at w in the same step. AverageSAM has none."""
         return self.at_perturbed_point
 
+    def unperturbed(self) -> dict[Tensor, Tensor]:
+        """The copies at w of the tensors that are perturbed at present, by parameter; empty while none is."""
+        return {} if self._saved is None else dict(zip(self._saved.weights, self._saved.at_w, strict=True))
+
     # ---------------------------------------------------------------------------------------------- groups and state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

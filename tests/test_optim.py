@@ -732,6 +732,23 @@ def test_weights_are_restored_bit_for_bit_and_stay_where_they_are(dtype, setting
     assert [w.data_ptr() for w in model.parameters()] == addresses
 
 
+def test_the_copies_at_w_can_be_read_while_the_weights_are_perturbed():
+    w = parameter(1.0, 1.0)
+    opt = SAM([w], SGD, rho=0.1, lr=0.1)
+    inner, seen = quadratic(opt, w), []
+
+    def closure():
+        seen.append({p: (p.detach().clone(), at_w.clone()) for p, at_w in opt.unperturbed().items()})
+        return inner()
+
+    opt.step(closure)
+    assert seen[0] == {}
+    [(perturbed, at_w)] = [seen[1][w]]
+    assert torch.equal(at_w, torch.ones(2).double())
+    assert_close(perturbed - at_w, vector(0.009950371902, 0.09950371902), 1e-9)
+    assert opt.unperturbed() == {}
+
+
 def test_an_error_in_the_second_pass_restores_the_weights():
     model = network()
     opt = SAM(model.parameters(), SGD, rho=1.0, lr=0.1)
