@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "spec": {"errors"},
     "experiments": {"errors", "spec", "experiments"},
     "data": {"errors", "spec", "torch", "torchvision", "sklearn", "numpy"},
-    "models": {"spec", "torch"},
+    "models": {"errors", "spec", "torch", "torchvision"},
     "optim": {"errors", "torch"},
     "batchnorm": {"errors", "torch"},
     "measures": {"errors", "measures", "optim", "torch", "numpy", "scipy"},
