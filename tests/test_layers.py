@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "models": {"errors", "spec", "torch", "torchvision"},
     "optim": {"errors", "torch"},
     "batchnorm": {"errors", "torch"},
+    "shards": {"errors", "batchnorm", "torch"},
     "measures": {"errors", "measures", "optim", "torch", "numpy", "scipy"},
     "checks": {"errors", "optim", "torch", "numpy", "scipy"},
     "provenance": {"torch"},

@@ -1,0 +1,357 @@
+"""The shards of a mini-batch for mSAM: one after the other, or all at once with `torch.func.vmap`.
+
+Top: `Shards`, the list of closures that `SAM.step` takes. Below: its two vectorised passes, what they do to the running
+statistics of batch norm, and when they cannot be used.
+
+Sequentially a step costs num_shards small forward and backward passes, twice. The vectorised passes have one call per
+layer, with a weight tensor per shard: fewer, larger calls, and num_shards times the memory of the weights.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.optim import Optimizer
+
+from samlib.batchnorm import second_pass
+from samlib.errors import InputError
+
+LossFunction = Callable[[Any, Tensor], Tensor]
+
+# Measured on 2 CPU cores, eager: from 8 shards on, the vectorised passes of a ResNet-20 (0.27 M parameters) and of an
+# MLP of 64 units are faster; those of nets with 4 M and 8 M parameters are slower at 8 and 16 shards.
+MIN_SHARDS = 8
+MAX_PARAMETERS = 1_000_000
+
+
+class Shards(list[Callable[[], Tensor]]):
+    """A mini-batch cut into shards, each of which gets an ascent of its own (mSAM): what `opt.step` is given.
+
+    A list of closures, one per shard, in the order of the batch. Each clears the gradients, computes the shard's loss
+    (batch norm as `statistics` says in a second pass), calls backward and returns the loss. With `vectorized` the
+    optimiser calls `gradients_at_w` and `mean_gradients` instead, which give the same step up to rounding; running
+    statistics end as the closures, called in turn, leave them.
+
+    Args:
+        opt: the optimiser that will step: the closures clear its gradients and ask it for `in_second_pass`.
+        model: called as model(inputs).
+        loss_fn: loss_fn(outputs, targets) -> the mean over the examples it is given, a tensor without axes.
+        inputs: (batch, ...).
+        targets: (batch, ...).
+        num_shards: at most the batch size. Sizes differ by at most one example where it does not divide the batch.
+        shard_size: examples per shard, instead of num_shards; the last shard may be smaller.
+        statistics: "frozen", "update" or "eval", as for `samlib.batchnorm.second_pass`.
+        vectorize: True or False, or None to choose: with `compile`, or for at least 8 shards and at most 1 M
+            parameters, if nothing stands against it.
+        compile: run the vectorised passes through `torch.compile`, with True its default backend, with a string that
+            one. What is compiled is kept between steps for the same model, loss_fn object and shapes.
+
+    Attributes:
+        weights: the shards' sizes, for `step(weights=...)`, or None where they are equal: the mean over shards is then
+            the mean over examples.
+        vectorized: the choice made.
+
+    Raises:
+        InputError: neither or both of num_shards and shard_size, or one outside its range; inputs and targets of
+            different lengths; an unknown choice of statistics; vectorize=True where it is impossible: shards of
+            different sizes, DistributedDataParallel, a model that is compiled already, synchronised or cumulative
+            (momentum=None) batch norm, instance norm with running statistics, recurrent layers, trainable tensors of
+            `opt` outside `model`, the settings second_order and inner_steps > 1.
+
+    Dropout draws a mask per example in both ways; the draws differ between the two, and the vectorised passes cannot
+    replay them. Hooks on parameters act in the closures only.
+
+    Source: behdin2023, equations 4 to 6.
+
+    Example::
+
+        opt = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        loss = opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=8))
+    """
+
+    def __init__(
+        self,
+        opt: Optimizer,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        num_shards: int | None = None,
+        shard_size: int | None = None,
+        statistics: str = "frozen",
+        vectorize: bool | None = None,
+        compile: bool | str = False,
+    ) -> None:
+        with second_pass(model, statistics):  # refuses an unknown choice and lazy layers
+            pass
+        self.model, self.loss_fn, self.inputs, self.targets = model, loss_fn, inputs, targets
+        self.statistics, self.compile = statistics, compile
+        self.sizes = _sizes(len(inputs), len(targets), num_shards, shard_size)
+        self.weights = None if len(set(self.sizes)) == 1 else self.sizes
+        self.vectorized = self._choose(opt, vectorize)
+        self._running: _Running | None = None  # between the passes
+        parts = zip(inputs.split(self.sizes), targets.split(self.sizes), strict=True)
+        super().__init__(_closure(opt, model, loss_fn, statistics, *part) for part in parts)
+
+    def gradients_at_w(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The first pass of every shard at once. Advances the running statistics; weights and `.grad` stay.
+
+        Args:
+            parameters: of the model, the tensors to differentiate by.
+
+        Returns:
+            The shards' losses, (num_shards,), and their gradients, one tensor of (num_shards, *shape) per parameter, in
+            the order of `parameters`; zeros for one that the loss does not reach.
+        """
+        self._running = _Running(self.model, len(self))
+        steps = self._running.no_steps()
+        at_w = [w.detach().expand(len(self), *w.shape).requires_grad_() for w in parameters]
+        with torch.enable_grad(), _advised():
+            losses = self._losses(parameters, at_w, steps)
+            grads = torch.autograd.grad(losses.sum(), at_w, materialize_grads=True)
+        self._running.advance(steps)
+        return losses.detach(), list(grads)
+
+    def mean_gradients(
+        self, parameters: Sequence[Tensor], eps: Sequence[Tensor | None], shares: Sequence[float] | None = None
+    ) -> list[Tensor | None]:
+        """The second pass of every shard at once, at w + eps_s; comes after `gradients_at_w`. `.grad` stays.
+
+        Args:
+            parameters: of the model, the tensors to differentiate by.
+            eps: one tensor of (num_shards, *shape) per parameter, or None where it is not perturbed.
+            shares: of the shards in the mean, adding up to 1; default equal.
+
+        Returns:
+            The mean over shards of the gradients at w + eps_s, one tensor of the parameter's shape each; None for a
+            parameter that the loss does not reach.
+        """
+        w = [parameter.detach().requires_grad_() for parameter in parameters]
+        buffers = self._running.in_second_pass(self.statistics)
+        with torch.enable_grad(), _advised(), second_pass(self.model, self.statistics):
+            at = [_perturbed(one, e, len(self)) for one, e in zip(w, eps, strict=True)]
+            losses = self._losses(parameters, at, buffers)
+            mean = losses.mean() if shares is None else losses @ losses.new_tensor(shares)
+            grads = torch.autograd.grad(mean, w, allow_unused=True)
+        if self.statistics == "update":
+            self._running.advance(buffers)
+        return list(grads)
+
+    def _losses(self, parameters: Sequence[Tensor], at: Sequence[Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        """The shards' losses, where shard s has the weights at[...][s]; (num_shards,)."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        weights = {names[parameter]: one for parameter, one in zip(parameters, at, strict=True)}
+        inputs, targets = (t.unflatten(0, (len(self), -1)) for t in (self.inputs, self.targets))
+        losses = _compiled(self.compile)(self.model, self.loss_fn, weights, buffers, inputs, targets)
+        if losses.ndim != 1:
+            raise InputError(f"loss_fn returned {losses.ndim - 1} axes: let it return the mean over the examples")
+        return losses
+
+    def _choose(self, opt: Optimizer, vectorize: bool | None) -> bool:
+        if vectorize is False or (vectorize is None and not (self.compile or self._is_worth_it())):
+            return False
+        obstacle = _obstacle(opt, self.model, self.sizes)
+        if vectorize and obstacle:
+            raise InputError(f"vectorize=True is impossible: {obstacle}, or leave vectorize at None")
+        return obstacle is None
+
+    def _is_worth_it(self) -> bool:
+        return len(self.sizes) >= MIN_SHARDS and sum(w.numel() for w in self.model.parameters()) <= MAX_PARAMETERS
+
+
+def _closure(
+    opt: Optimizer, model: nn.Module, loss_fn: LossFunction, statistics: str, inputs: Tensor, targets: Tensor
+) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        opt.zero_grad()
+        with second_pass(model, statistics) if getattr(opt, "in_second_pass", False) else nullcontext():
+            loss = loss_fn(model(inputs), targets)
+        if not getattr(opt, "second_order", False):  # the optimiser differentiates twice itself
+            loss.backward()
+        return loss
+
+    return closure
+
+
+def _sizes(batch: int, num_targets: int, num_shards: int | None, shard_size: int | None) -> list[int]:
+    if batch != num_targets:
+        raise InputError(f"inputs has {batch} examples and targets {num_targets}: give one target per example")
+    if (num_shards is None) == (shard_size is None):
+        raise InputError(f"num_shards = {num_shards} and shard_size = {shard_size}: give one of the two")
+    if shard_size is not None:
+        if shard_size < 1:
+            raise InputError(f"shard_size = {shard_size}: it must be 1 or more")
+        return [min(shard_size, batch - start) for start in range(0, batch, shard_size)]
+    if not 1 <= num_shards <= batch:
+        raise InputError(f"num_shards = {num_shards}: it must be from 1 to the batch size, {batch}")
+    edges = [round(index * batch / num_shards) for index in range(num_shards + 1)]
+    return [stop - start for start, stop in pairwise(edges)]
+
+
+# --------------------------------------------------------------------------------------------- the passes over shards
+
+
+def _losses(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    weights: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+) -> Tensor:
+    """The shards' losses, (num_shards,). Every tensor has an axis of shards in front; changes `buffers` in place as a
+    forward pass of the model would."""
+
+    def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        return loss_fn(functional_call(model, {**weights, **buffers}, (inputs,)), targets)
+
+    return vmap(loss, randomness="different")(weights, buffers, inputs, targets)
+
+
+@cache
+def _compiled(backend: bool | str) -> Callable[..., Tensor]:
+    """`_losses`, compiled or not. torch keeps what it compiled beside the code of `_losses`, with weak references to
+    the model, so that a later `Shards` finds it. Each shape is compiled for itself: kernels for variable shapes are
+    slower, and a training run has one shape or two."""
+    if not backend:
+        return _losses
+    return torch.compile(_losses, dynamic=False, **({} if backend is True else {"backend": backend}))
+
+
+def _perturbed(w: Tensor, eps: Tensor | None, num_shards: int) -> Tensor:
+    if eps is None:
+        return w.expand(num_shards, *w.shape)
+    return (w + eps).to(w.dtype)  # eps of a half-precision weight is float32
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        error.add_note("This came from Shards' vectorised passes (torch.func.vmap): vectorize=False does without.")
+        raise
+
+
+# --------------------------------------------------------------------------------------------- running statistics
+
+
+class _Running:
+    """The running means and variances of a model's batch-norm layers during the vectorised passes.
+
+    In the loop each forward pass takes r to keep r + step, with keep = 1 - momentum and step = momentum x (statistic of
+    the shard). A pass that starts at zero instead of r leaves the step itself, also where it calls a layer more than
+    once; `num_batches_tracked` then counts the calls. So every shard gets zeros of its own, and the recurrence over
+    shards is made up for afterwards.
+    """
+
+    def __init__(self, model: nn.Module, num_shards: int) -> None:
+        self.layers = dict(_tracking(model))
+        self.num_shards = num_shards
+        # one row of all means and variances; path has a row for each shard, the state after it
+        self.start = torch.cat(self._means_and_variances()) if self.layers else None
+        self.keep: Tensor | None = None
+        self.steps: Tensor | None = None
+        self.path: Tensor | None = None
+
+    def no_steps(self) -> dict[str, Tensor]:
+        """Buffers for a pass: zeros with an axis of shards in front, by their names in the model."""
+        return {
+            name + buffer: value.new_zeros(self.num_shards, *value.shape)
+            for name, layer in self.layers.items()
+            for buffer, value in layer.named_buffers(recurse=False)
+        }
+
+    def in_second_pass(self, statistics: str) -> dict[str, Tensor]:
+        """Buffers for the second pass: in the loop, "eval" normalises with what the shard's first pass left."""
+        if statistics == "update":
+            return self.no_steps()
+        if statistics == "frozen" or not self.layers:
+            return {}
+        return dict(zip(self._names(), self.path.split(self._widths(), 1), strict=True))
+
+    def advance(self, buffers: dict[str, Tensor]) -> None:
+        """Writes the running statistics that the loop would leave, given what a pass left in `no_steps`. A second call
+        counts both passes, each shard's second one right after its first."""
+        if not self.layers:
+            return
+        for name, layer in self.layers.items():
+            layer.num_batches_tracked.add_(buffers[name + "num_batches_tracked"].sum())
+        keep, steps = self._keep(buffers), torch.cat([buffers[name] for name in self._names()], 1)
+        if self.steps is not None:
+            keep, steps = keep * self.keep, keep * self.steps + steps
+        self.keep, self.steps, self.path = keep, steps, _path(self.start, keep, steps)
+        torch._foreach_copy_(self._means_and_variances(), self.path[-1].split(self._widths()))
+
+    def _keep(self, buffers: dict[str, Tensor]) -> Tensor:
+        """(1 - momentum) to the power of the calls in one shard, for each entry of a row."""
+        rows = []
+        for name, layer in self.layers.items():
+            calls = buffers[name + "num_batches_tracked"][0]
+            rows += [torch.full_like(r, 1 - layer.momentum) ** calls for r in (layer.running_mean, layer.running_var)]
+        return torch.cat(rows)
+
+    def _means_and_variances(self) -> list[Tensor]:
+        return [r for layer in self.layers.values() for r in (layer.running_mean, layer.running_var)]
+
+    def _names(self) -> list[str]:
+        return [name + buffer for name in self.layers for buffer in ("running_mean", "running_var")]
+
+    def _widths(self) -> list[int]:
+        return [len(r) for r in self._means_and_variances()]
+
+
+def _path(start: Tensor, keep: Tensor, steps: Tensor) -> Tensor:
+    """r_s = keep r_(s-1) + step_s, a row for every shard s."""
+    rows = []
+    for step in steps:
+        start = torch.addcmul(step, keep, start)
+        rows.append(start)
+    return torch.stack(rows)
+
+
+def _tracking(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """The layers whose running statistics a forward pass changes, by the prefix of their buffers' names."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats:
+            yield f"{name}." if name else "", layer
+
+
+# --------------------------------------------------------------------------------------------- what stands against it
+
+
+def _obstacle(opt: Optimizer, model: nn.Module, sizes: Sequence[int]) -> str | None:
+    """Why the shards cannot be vectorised, and what to do; None if they can."""
+    if len(set(sizes)) > 1:
+        return f"the shards have the sizes {sorted(set(sizes))}: let num_shards or shard_size divide the batch"
+    if hasattr(model, "_orig_mod"):
+        return "the model is compiled: pass the module itself, and compile=True"
+    if getattr(opt, "second_order", False) or getattr(opt, "inner_steps", 1) > 1:
+        return "the optimiser has second_order or inner_steps > 1: leave them out"
+    own = set(model.parameters())
+    if any(w.requires_grad and w not in own for group in opt.param_groups for w in group["params"]):
+        return "the optimiser trains tensors that are not parameters of model: make one module of both"
+    return next(filter(None, map(_obstacle_in, model.modules())), None)
+
+
+def _obstacle_in(module: nn.Module) -> str | None:
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return "the model is wrapped in DistributedDataParallel, which vmap would bypass: pass the bare module"
+    if isinstance(module, nn.RNNBase):
+        return f"vmap has no rule for {type(module).__name__}: take another layer"
+    if not isinstance(module, _NormBase) or not module.training or not module.track_running_stats:
+        return None
+    if isinstance(module, nn.SyncBatchNorm) or not isinstance(module, _BatchNorm):
+        return f"vmap cannot keep the running statistics of {type(module).__name__}: take another layer"
+    if module.momentum is None:
+        return "a batch-norm layer has momentum=None: give it a number"
+    return None

@@ -1,0 +1,484 @@
+"""Shards: the closures against a loop by hand, the vectorised passes against the closures and torch.func."""
+
+import copy
+import gc
+import math
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+
+from samlib.errors import InputError
+from samlib.optim import ASAM, SAM, perturbation
+from samlib.shards import Shards
+
+SGD = torch.optim.SGD
+BATCH = 12
+
+
+class Residual(nn.Module):
+    """A block with batch norm of its own momentum, as in a ResNet."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width, momentum=0.3)
+
+    def forward(self, x):
+        return torch.relu(x + self.norm(self.conv(x)))
+
+
+def network(norm="batch", dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    norms = {"batch": lambda: nn.BatchNorm2d(4), "group": lambda: nn.GroupNorm(2, 4), "none": nn.Identity}
+    middle = [Residual(4)] if norm == "batch" else [nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)]
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), norms[norm](), *middle, *head).to(dtype)
+
+
+def batch(seed=0, size=BATCH, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(size, 3, 5, 5, generator=generator, dtype=dtype)
+    return inputs, torch.randint(3, (size,), generator=generator)
+
+
+loss_fn = partial(functional.cross_entropy, label_smoothing=0.1)
+
+
+def settings_of(opt):
+    names = ("p", "adaptive", "eta", "normalize", "scale_filter", "norm_eps")
+    return {name: getattr(opt, name) for name in names}
+
+
+@torch.no_grad()
+def vectorized_step(opt, shards, weights=None):
+    """A step of `opt` through the vectorised passes: its perturbation, shard by shard, and its base optimiser."""
+    pairs = [(w, group["rho"]) for group in opt.param_groups for w in group["params"] if w.requires_grad]
+    params, rho = map(list, zip(*pairs, strict=True))
+    losses, grads = shards.gradients_at_w(params)
+    eps = [perturbation(params, one, rho, **settings_of(opt)) for one in zip(*grads, strict=True)]
+    shares = torch.tensor(weights or [1.0] * len(shards), dtype=torch.float64)
+    shares = (shares / shares.sum()).tolist()
+    stacked = [torch.stack(each) for each in zip(*eps, strict=True)]
+    for w, mean in zip(params, shards.mean_gradients(params, stacked, shares), strict=True):
+        w.grad = mean
+    opt.base_optimizer.step()
+    return sum(share * loss for share, loss in zip(shares, losses, strict=True))
+
+
+def states(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_close(found, expected, tolerance=1e-12):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def train(way, model, make, steps=3, weights=None, **options):
+    """The losses of a few steps and the model's state after them."""
+    opt = make(model.parameters(), SGD, lr=0.1, momentum=0.9, weight_decay=1e-3)
+    losses = []
+    for step in range(steps):
+        shards = Shards(opt, model, loss_fn, *batch(step), vectorize=way == "vectorized", **options)
+        assert shards.vectorized == (way == "vectorized")
+        run = partial(vectorized_step, opt) if shards.vectorized else opt.step
+        losses.append(run(shards, weights=weights or shards.weights))
+    return torch.stack(losses), states(model)
+
+
+# ------------------------------------------------------------------------------------------------------- the closures
+
+
+def test_closures_in_turn_are_a_loop_by_hand():
+    by_hand, model = network(), network()
+    opt = SAM(model.parameters(), SGD, rho=0.1, lr=0.1)
+    inputs, targets = batch()
+    total = [torch.zeros_like(w) for w in by_hand.parameters()]
+    for start in range(0, BATCH, 3):
+        x, y = inputs[start : start + 3], targets[start : start + 3]
+        first = torch.autograd.grad(loss_fn(by_hand(x), y), list(by_hand.parameters()))
+        norm = torch.sqrt(sum((g * g).sum() for g in first))
+        moved = copy.deepcopy(by_hand)  # whose running statistics are thrown away
+        with torch.no_grad():
+            for w, g in zip(moved.parameters(), first, strict=True):
+                w += 0.1 * g / norm
+        second = torch.autograd.grad(loss_fn(moved(x), y), list(moved.parameters()))
+        total = [t + g / 4 for t, g in zip(total, second, strict=True)]
+    with torch.no_grad():
+        for w, g in zip(by_hand.parameters(), total, strict=True):
+            w -= 0.1 * g
+    opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=4))
+    assert_close(states(model), states(by_hand))
+
+
+@pytest.mark.parametrize(
+    "size, options, expected",
+    [
+        (12, {"num_shards": 4}, [3, 3, 3, 3]),
+        (12, {"shard_size": 4}, [4, 4, 4]),
+        (12, {"shard_size": 5}, [5, 5, 2]),
+        (12, {"shard_size": 40}, [12]),
+        (5, {"num_shards": 5}, [1, 1, 1, 1, 1]),
+        (7, {"num_shards": 1}, [7]),
+    ],
+)
+def test_sizes_of_shards(size, options, expected):
+    model = network("none")
+    shards = Shards(SAM(model.parameters(), SGD, lr=0.1), model, loss_fn, *batch(size=size), **options)
+    assert shards.sizes == expected
+    assert len(shards) == len(expected)
+    assert shards.weights == (None if len(set(expected)) == 1 else expected)
+
+
+def test_sizes_differ_by_at_most_one_where_num_shards_does_not_divide_the_batch():
+    model = network("none")
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    for size in range(1, 14):
+        for num_shards in range(1, size + 1):
+            sizes = Shards(opt, model, loss_fn, *batch(size=size), num_shards=num_shards).sizes
+            assert sum(sizes) == size
+            assert len(sizes) == num_shards
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_weights_of_ragged_shards_make_the_mean_over_examples():
+    model = network("none")
+    opt = SAM(model.parameters(), SGD, rho=0.0, lr=0.1)
+    inputs, targets = batch()
+    shards = Shards(opt, model, loss_fn, inputs, targets, shard_size=5)
+    loss = opt.step(shards, weights=shards.weights)
+    expected = network("none")
+    mean = loss_fn(expected(inputs), targets)
+    mean.backward()
+    assert_close(loss, mean.detach())
+    assert_close([w.grad for w in model.parameters()], [w.grad for w in expected.parameters()])
+
+
+@pytest.mark.parametrize("statistics, tracked", [("frozen", 4), ("update", 8), ("eval", 4)])
+def test_statistics_act_in_the_second_pass_only(statistics, tracked):
+    model = network()
+    opt = SAM(model.parameters(), SGD, rho=0.1, lr=0.1)
+    opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4, statistics=statistics))
+    assert model[1].num_batches_tracked == tracked
+
+
+def test_a_plain_optimizer_and_the_second_order_gradient_take_the_closures_too():
+    model = network()
+    shards = Shards(SGD(model.parameters(), lr=0.1), model, loss_fn, *batch(), num_shards=1)
+    assert shards[0]() == loss_fn(network()(batch()[0]), batch()[1])
+    assert all(w.grad is not None for w in model.parameters())
+    opt = SAM(model.parameters(), SGD, rho=0.1, second_order=True, lr=0.1)
+    before = states(model)
+    opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=2))
+    assert opt.skipped_steps == 0
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_a_finished_step_keeps_no_batch_alive():
+    model = network()
+    opt = SAM(model.parameters(), SGD, rho=0.1, lr=0.1)
+    inputs, targets = batch()
+    kept = weakref.ref(inputs)
+    gc.disable()  # a cycle would wait for the collector, and a GPU's memory with it
+    try:
+        opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2))
+        vectorized_step(opt, Shards(opt, model, loss_fn, inputs, targets, num_shards=2, vectorize=True))
+        del inputs
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+# ------------------------------------------------------------------------------------------------- vectorised passes
+
+METHODS = {
+    "SAM": partial(SAM, rho=0.1),
+    "ASAM": partial(ASAM, rho=0.5),
+    "ASAM on matrices": partial(ASAM, rho=0.5, scale_filter=lambda w: w.ndim > 1),
+    "p = inf": partial(SAM, rho=0.01, p=math.inf),
+    "p = 3": partial(SAM, rho=0.1, p=3.0),
+    "unnormalised": partial(SAM, rho=0.1, normalize=False),
+}
+
+
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_vectorised_steps_are_the_closures_steps(make, norm):
+    expected = train("sequential", network(norm), make, num_shards=4)
+    assert_close(train("vectorized", network(norm), make, num_shards=4), expected)
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "update", "eval"])
+@pytest.mark.parametrize("weights", [None, [4.0, 1.0, 1.0, 2.0]], ids=["equal", "weighted"])
+def test_running_statistics_end_as_the_closures_leave_them(statistics, weights):
+    options = {"make": METHODS["SAM"], "num_shards": 4, "statistics": statistics, "weights": weights}
+    expected = train("sequential", network(), **options)
+    found = train("vectorized", network(), **options)
+    assert found[1]["1.num_batches_tracked"] == (24 if statistics == "update" else 12)
+    assert_close(found, expected)
+
+
+def test_a_batch_norm_layer_called_twice_and_one_in_eval_mode_and_one_without_statistics():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.shared = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.2)
+            self.fixed, self.bare = nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False)
+            self.unused, self.last = nn.BatchNorm2d(4), nn.Linear(36, 3)
+
+        def forward(self, x):
+            x = self.shared(torch.tanh(self.shared(self.first(x))))
+            return self.last(self.bare(self.fixed(x)).flatten(1))
+
+    torch.manual_seed(0)
+    model = Odd().double()
+    model.fixed.eval()
+    twin = copy.deepcopy(model)
+    for statistics in ("frozen", "update", "eval"):
+        options = {"make": METHODS["SAM"], "num_shards": 3, "statistics": statistics}
+        expected = train("sequential", model, **options)
+        assert_close(train("vectorized", twin, **options), expected)
+    assert twin.shared.num_batches_tracked == 2 * 3 * 3 * 4
+    assert twin.unused.num_batches_tracked == 0
+
+
+def test_batch_norm_as_the_whole_model():
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.zeros(8, 3, dtype=torch.float64)
+    model = nn.BatchNorm1d(3).double()
+    twin = copy.deepcopy(model)
+    opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
+    opt.step(Shards(opt, model, functional.mse_loss, x, y, num_shards=2))
+    vectorized_step(other, Shards(other, twin, functional.mse_loss, x, y, num_shards=2, vectorize=True))
+    assert_close(states(twin), states(model))
+
+
+def test_shards_of_one_example_have_the_gradients_of_torch_func():
+    model = network("group")
+    inputs, targets = batch()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    params = list(model.parameters())
+    losses, found = Shards(opt, model, loss_fn, inputs, targets, shard_size=1).gradients_at_w(params)
+
+    def loss(weights, x, y):
+        return loss_fn(functional_call(model, weights, (x[None],)), y[None])
+
+    weights = {name: w.detach() for name, w in model.named_parameters()}
+    expected = vmap(grad(loss), in_dims=(None, 0, 0))(weights, inputs, targets)
+    assert_close(found, list(expected.values()))
+    assert_close(losses, loss_fn(model(inputs), targets, reduction="none").detach())
+
+
+def test_identical_shards_are_sam():
+    x, y = batch(size=3)
+    model, expected = network(), network()
+    opt, sam = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, expected))
+    shards = Shards(opt, model, loss_fn, x.repeat(4, 1, 1, 1), y.repeat(4), num_shards=4, vectorize=True)
+    vectorized_step(opt, shards)
+    sam.step(Shards(sam, expected, loss_fn, x, y, num_shards=1))
+    assert_close(list(model.parameters()), list(expected.parameters()))
+
+
+def test_frozen_tensors_and_tensors_that_the_loss_does_not_reach():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.spare = network(), nn.Linear(2, 2).double()
+            self.body[0].weight.requires_grad_(False)
+
+        def forward(self, x):
+            return self.body(x)
+
+    torch.manual_seed(0)
+    model = Net()
+    twin, before = copy.deepcopy(model), states(model)
+    expected = train("sequential", model, METHODS["ASAM"], num_shards=4)
+    assert_close(train("vectorized", twin, METHODS["ASAM"], num_shards=4), expected)
+    assert torch.equal(twin.spare.weight, before["spare.weight"])  # not even decayed
+    assert twin.spare.weight.grad is None
+    assert twin.body[0].weight.grad is None
+
+
+def test_a_tensor_that_is_not_perturbed_and_tied_tensors():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+    torch.manual_seed(0)
+    model = Tied().double()
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+
+    def made(one):
+        rest = [w for name, w in one.named_parameters() if not name.startswith("c")]
+        return SAM([{"params": rest}, {"params": one.c.parameters(), "rho": 0.0}], SGD, rho=0.2, lr=0.1)
+
+    opt, other = made(model), made(twin)
+    opt.step(Shards(opt, model, functional.mse_loss, x, y, num_shards=3))
+    shards = Shards(other, twin, functional.mse_loss, x, y, num_shards=3, vectorize=True)
+    perturbed, still = ([*group["params"]] for group in other.param_groups)
+    _, grads = shards.gradients_at_w(perturbed)
+    eps = [perturbation(perturbed, one, 0.2) for one in zip(*grads, strict=True)]
+    eps = [torch.stack(each) for each in zip(*eps, strict=True)]
+    found = shards.mean_gradients([*perturbed, *still], [*eps, None, None])
+    assert_close(found, [w.grad for group in opt.param_groups for w in group["params"]])
+
+
+def test_channels_last_and_a_loss_that_is_a_module():
+    model, twin = network().to(memory_format=torch.channels_last), network()
+    inputs, targets = batch()
+    opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
+    last = inputs.to(memory_format=torch.channels_last)
+    loss = vectorized_step(opt, Shards(opt, model, nn.CrossEntropyLoss(), last, targets, num_shards=4, vectorize=True))
+    expected = other.step(Shards(other, twin, functional.cross_entropy, inputs, targets, num_shards=4))
+    assert_close((loss, states(model)), (expected, states(twin)))
+
+
+def test_bfloat16_weights_are_perturbed_as_in_place():
+    model, twin = (network("none", torch.bfloat16) for _ in range(2))
+    inputs, targets = batch(dtype=torch.bfloat16)
+    opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
+    opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2))
+    vectorized_step(other, Shards(other, twin, loss_fn, inputs, targets, num_shards=2, vectorize=True))
+    grads = [[w.grad.float() for w in one.parameters()] for one in (twin, model)]
+    torch.testing.assert_close(*grads, rtol=0.05, atol=2e-3)
+
+
+def test_dropout_draws_a_mask_for_each_shard():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(75, 3)).double()
+    x = batch(size=1)[0].repeat(8, 1, 1, 1)
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    shards = Shards(opt, model, loss_fn, x, torch.zeros(8, dtype=torch.long), num_shards=8, vectorize=True)
+    losses, _ = shards.gradients_at_w(list(model.parameters()))
+    assert len(losses.unique()) == 8
+
+
+def test_passes_leave_weights_gradients_and_modes():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    model[1].weight.grad = torch.ones_like(model[1].weight)
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    weights = {name: (w, w.clone(), w._version, w.grad, w.requires_grad) for name, w in model.named_parameters()}
+    attributes = [(module.training, getattr(module, "track_running_stats", None)) for module in model.modules()]
+    params = [w for w in model.parameters() if w.requires_grad]
+    for statistics in ("frozen", "update", "eval"):
+        shards = Shards(opt, model, loss_fn, *batch(), num_shards=4, statistics=statistics, vectorize=True)
+        losses, grads = shards.gradients_at_w(params)
+        means = shards.mean_gradients(params, grads)
+    assert not any(t.requires_grad for t in (losses, *grads, *means))
+    now = dict(model.named_parameters())
+    for name, (w, value, version, grad_, requires_grad) in weights.items():
+        assert now[name] is w
+        assert torch.equal(w, value)
+        assert w._version == version
+        assert w.grad is grad_
+        assert w.requires_grad == requires_grad
+    assert attributes == [(module.training, getattr(module, "track_running_stats", None)) for module in model.modules()]
+
+
+def test_an_exception_leaves_the_model_and_says_how_to_do_without():
+    model = network()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    before, params = states(model), list(model.parameters())
+
+    def with_item(outputs, targets):
+        return loss_fn(outputs, targets) / outputs.norm().item()
+
+    shards = Shards(opt, model, with_item, *batch(), num_shards=4, vectorize=True)
+    with pytest.raises(RuntimeError) as caught:
+        shards.gradients_at_w(params)
+    assert "vectorize=False" in caught.value.__notes__[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    shards.loss_fn = loss_fn
+    _, grads = shards.gradients_at_w(params)
+    shards.loss_fn = with_item
+    with pytest.raises(RuntimeError):
+        shards.mean_gradients(params, grads)
+    assert all(w is now for w, now in zip(params, model.parameters(), strict=True))
+    assert model[1].track_running_stats
+    shards.loss_fn = partial(functional.cross_entropy, reduction="none")
+    with pytest.raises(InputError, match="mean over the examples"):
+        shards.gradients_at_w(params)
+
+
+# ------------------------------------------------------------------------------------------------- choice and refusals
+
+
+def made(model, opt=None, size=BATCH, **options):
+    opt = opt or SAM(model.parameters(), SGD, lr=0.1)
+    return Shards(opt, model, loss_fn, *batch(size=size, dtype=torch.float32), **options)
+
+
+def test_choice_by_shape():
+    small, large = network("none", torch.float32), nn.Sequential(nn.Flatten(), nn.Linear(75, 20000))
+    assert made(small, num_shards=12).vectorized
+    assert not made(small, num_shards=6).vectorized
+    assert not made(large, num_shards=12).vectorized
+    assert not made(small, num_shards=12, vectorize=False).vectorized
+    assert made(large, num_shards=2, vectorize=True).vectorized
+    assert made(small, num_shards=2, compile=True).vectorized
+    assert not made(small, num_shards=9).vectorized  # ragged
+
+
+def with_layer(layer):
+    return nn.Sequential(nn.Flatten(2), layer)
+
+
+@pytest.mark.parametrize(
+    "model, reason",
+    [
+        (with_layer(nn.BatchNorm1d(3, momentum=None)), "momentum=None"),
+        (with_layer(nn.SyncBatchNorm(3)), "SyncBatchNorm"),
+        (with_layer(nn.InstanceNorm1d(3, affine=True, track_running_stats=True)), "InstanceNorm1d"),
+        (with_layer(nn.GRU(25, 3)), "GRU"),
+        (torch.compile(network("none", torch.float32), backend="eager"), "compiled"),
+    ],
+    ids=["cumulative", "sync", "instance", "recurrent", "compiled"],
+)
+def test_models_that_cannot_be_vectorised(model, reason):
+    assert not made(model, num_shards=12).vectorized
+    with pytest.raises(InputError, match=f"vectorize=True is impossible: .*{reason}"):
+        made(model, num_shards=12, vectorize=True)
+
+
+def test_settings_that_cannot_be_vectorised():
+    model, other = network("none", torch.float32), nn.Parameter(torch.ones(1))
+    for opt, reason in [
+        (SAM(model.parameters(), SGD, second_order=True, lr=0.1), "second_order"),
+        (SAM(model.parameters(), SGD, inner_steps=2, lr=0.1), "inner_steps"),
+        (SAM([*model.parameters(), other], SGD, lr=0.1), "not parameters of model"),
+    ]:
+        assert not made(model, opt, num_shards=12).vectorized
+        with pytest.raises(InputError, match=reason):
+            made(model, opt, num_shards=12, vectorize=True)
+    with pytest.raises(InputError, match=r"sizes \[2, 5\]"):
+        made(model, shard_size=5, vectorize=True)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "num_shards = None and shard_size = None"),
+        ({"num_shards": 2, "shard_size": 2}, "give one of the two"),
+        ({"num_shards": 13}, "num_shards = 13: it must be from 1 to the batch size, 12"),
+        ({"num_shards": 0}, "num_shards = 0"),
+        ({"shard_size": 0}, "shard_size = 0"),
+        ({"num_shards": 2, "statistics": "thawed"}, "statistics = 'thawed'"),
+    ],
+)
+def test_bad_input_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        made(network("none"), **options)
+
+
+def test_targets_of_another_length_are_refused():
+    model = network("none")
+    with pytest.raises(InputError, match="12 examples and targets 11"):
+        Shards(SAM(model.parameters(), SGD, lr=0.1), model, loss_fn, batch()[0], batch()[1][1:], num_shards=2)
