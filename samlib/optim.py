@@ -23,6 +23,7 @@ norm has to know (`samlib.batchnorm.second_pass`).
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -34,10 +35,12 @@ from torch.autograd import _unsafe_preserve_version_counter as preserve_version
 from torch.optim import Optimizer
 
 from samlib.errors import InputError
+from samlib.flat import FlatBuffers, Member, own_state
 
 Closure = Callable[[], Tensor | float]
 Pass = Callable[[], Tensor | float]  # runs one or more closures and leaves a gradient
 TensorFilter = Callable[[Tensor], bool]
+Radius = float | Tensor  # a tensor without axes where a captured graph shall see it change
 
 
 class SAM(Optimizer):
@@ -75,8 +78,14 @@ class SAM(Optimizer):
             The closure then returns the loss and does not call backward. Not for DistributedDataParallel, whose
             reducer does not see the extra term.
         perturb_filter: f(tensor) -> bool, which tensors are perturbed and enter the norm; default all.
-        scale_filter: f(tensor) -> bool, which tensors ASAM scales, with T = 1 for the others; default all.
+        scale_filter: f(tensor) -> bool, which tensors ASAM scales, with T = 1 for the others; default all. Both filters
+            are asked once per tensor.
         norm_eps: added to the norm, >= 0.
+        flat: keep weights, gradients and the state of an elementwise base optimiser (SGD, Adam, ...) in contiguous
+            buffers (`samlib.flat`): the same step with a number of operations that does not grow with the number of
+            tensors. The parameters' data become views of the buffers at the first step. Fastest with
+            `zero_grad(set_to_none=False)` in the closure. `flat` turns False by itself when a pass reaches some tensors
+            and not others. Not with second_order.
         **base_kwargs: for the base optimiser.
 
     Attributes:
@@ -117,6 +126,7 @@ class SAM(Optimizer):
         perturb_filter: TensorFilter | None = None,
         scale_filter: TensorFilter | None = None,
         norm_eps: float = 0.0,
+        flat: bool = False,
         **base_kwargs: Any,
     ) -> None:
         if isinstance(base_optimizer, Optimizer):
@@ -124,9 +134,16 @@ class SAM(Optimizer):
         self.p, self.adaptive, self.eta, self.normalize, self.norm_eps = float(p), adaptive, eta, normalize, norm_eps
         self.inner_steps, self.ascent_every, self.second_order = inner_steps, ascent_every, second_order
         self.perturb_filter, self.scale_filter = perturb_filter, scale_filter
+        self.flat = flat
         self._check_settings()
-        self.skipped_steps = 0
         self._steps = 0
+        self._base_has_stepped = False
+        self._skipped = 0
+        self._skipped_on_device: Tensor | None = None
+        self._norms: list[Tensor] = []  # of this step's ascents, as far as nobody has asked whether they are finite
+        self._layout: _Layout | None = None
+        self._copied: list[Tensor] = []
+        self._copies: list[Tensor] = []
         self._saved: _Saved | None = None  # while the weights are perturbed
         self._first_step_was_finite: bool | None = None  # None outside the two-step form
         super().__init__(params, {"rho": rho})
@@ -180,6 +197,7 @@ class SAM(Optimizer):
         self._check_step_options(ascent_closure, scaler, no_sync)
         if self._first_step_was_finite is not None:
             raise RuntimeError("step() was called between first_step() and second_step()")
+        self._prepare()
         passes = [partial(self._evaluate, one) for one in closures]
         shard = partial(self._shard, scaler=scaler, no_sync=no_sync, replay_rng=replay_rng)
         try:
@@ -207,7 +225,8 @@ class SAM(Optimizer):
             opt.second_step(zero_grad=True)
 
         The weights after the two are those after `step(closure)`. Gradients must be cleared in between, here or by the
-        caller. Nothing is perturbed where `step` would make a step of the base optimiser.
+        caller: what is left in them has no meaning. Nothing is perturbed where `step` would make a step of the base
+        optimiser.
 
         Raises:
             InputError: the optimiser was made with `second_order` or more than one of `inner_steps`.
@@ -217,9 +236,11 @@ class SAM(Optimizer):
             raise InputError("second_order and inner_steps > 1 need more gradients: use step(closure)")
         if self._first_step_was_finite is not None:
             raise RuntimeError("first_step() was called twice without second_step()")
+        self._prepare()
+        self._gather()
         finite = True
         if self._ascends():
-            self._save(self._targets())
+            self._save(self._targets(self._layout.members))
             finite = self._climb()
         self._first_step_was_finite = finite
         if zero_grad:
@@ -234,6 +255,7 @@ class SAM(Optimizer):
         """
         if self._first_step_was_finite is None:
             raise RuntimeError("second_step() was called without first_step()")
+        self._gather()
         self._restore()
         self._finish(self._first_step_was_finite, None)
         self._first_step_was_finite = None
@@ -249,7 +271,8 @@ class SAM(Optimizer):
             One tensor per parameter, in the order of `param_groups`; zeros for what is not perturbed. float32 for
             parameters of lower precision.
         """
-        pairs = self._targets()
+        self._prepare()
+        pairs = self._targets(self._layout.parameters)
         eps: dict[Tensor, Tensor] = {}
         if pairs:
             weights, rho = zip(*pairs, strict=True)
@@ -269,8 +292,25 @@ class SAM(Optimizer):
         return self.at_perturbed_point
 
     def unperturbed(self) -> dict[Tensor, Tensor]:
-        """The copies at w of the tensors that are perturbed at present, by parameter; empty while none is."""
-        return {} if self._saved is None else dict(zip(self._saved.weights, self._saved.at_w, strict=True))
+        """The copies at w of the tensors that are perturbed at present, by parameter; empty while none is. The next
+        perturbation overwrites them."""
+        if self._saved is None:
+            return {}
+        weights, _, at_w, buffers = self._saved
+        return dict(zip(weights, at_w, strict=True) if buffers is None else buffers.by_parameter(weights, at_w))
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because of a gradient that was not finite. Waits for the device."""
+        return self._skipped + (0 if self._skipped_on_device is None else int(self._skipped_on_device))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer.zero_grad`. With `flat`, `set_to_none=False` is one operation and the next
+        backward pass adds straight into the buffer; a tensor it does not reach then has a gradient of 0, not None."""
+        if set_to_none or self._layout is None or self._layout.buffers is None:
+            super().zero_grad(set_to_none)
+        else:
+            self._layout.buffers.clear()
 
     # ---------------------------------------------------------------------------------------------- groups and state
 
@@ -282,12 +322,14 @@ class SAM(Optimizer):
         _check_group(group)
         if hasattr(self, "base_optimizer"):
             self.base_optimizer.add_param_group(group)
+            self._base_has_stepped = False  # the new tensors have no momentum yet
         else:  # within the constructor
             super().add_param_group(group)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimiser's state (its momentum) and groups, and this object's counters. Holds no weights."""
-        return {**super().state_dict(), "sam": self._own_state()}
+        found = super().state_dict()
+        return {**found, "state": own_state(found["state"]), "sam": self._own_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave. That of a bare base optimiser is taken too: its groups get the constructor's
@@ -302,16 +344,22 @@ class SAM(Optimizer):
             group.setdefault("rho", self.defaults["rho"])
         # shares the new objects again, and lets the base optimiser fill in what an older version of it did not save
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        self._layout, self._copied, self._copies, self._base_has_stepped = None, [], [], bool(self.state)
 
     def __getstate__(self) -> dict[str, Any]:
-        # for copy.deepcopy and pickle; a scheduler leaves a `step` of its own behind, bound to this object
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+        # For copy.deepcopy and pickle. A scheduler leaves a `step` of its own behind, bound to this object; and a copy
+        # of a parameter is no view of a flat buffer.
+        left_out = {"step", "_layout", "_copied", "_copies"}
+        kept = {name: value for name, value in self.__dict__.items() if name not in left_out}
+        state = self.state.copy()
+        state.update(own_state(self.state))
+        return {**kept, "state": state}
 
     def _own_state(self) -> dict[str, Any]:
         return {"steps": self._steps, "skipped_steps": self.skipped_steps}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        self._steps, self.skipped_steps = state["steps"], state["skipped_steps"]
+        self._steps, self._skipped, self._skipped_on_device = state["steps"], state["skipped_steps"], None
 
     # ---------------------------------------------------------------------------------------------- ascent and descent
 
@@ -325,7 +373,7 @@ class SAM(Optimizer):
         replay_rng: bool,
     ) -> Tensor | float:
         """One ascent and the descent where it ends: leaves the descent's gradients, returns the loss at w."""
-        rewind = _rewinder(self._params()[0].device if replay_rng else None)
+        rewind = _rewinder(self._device() if replay_rng else None)
         if self.second_order:
             return self._second_order_shard(ascent, descent, rewind)
 
@@ -338,30 +386,33 @@ class SAM(Optimizer):
             local_pass()
 
         loss = local_pass()
-        with self._kept(self._targets()) as weights:
-            finite = self._climb(later_pass, 1.0 if scaler is None else scaler.get_scale())
+        with self._kept(self._targets(self._layout.members)):
+            unscale = None if scaler is None else scaler.scale(torch.ones((), device=self._device())).reciprocal()
+            finite = self._climb(later_pass, unscale)
             if not finite and no_sync is None:
                 raise _NotFiniteError(loss)
             rewind()
             # The other processes wait in the descent's average, so this one takes part in it, with a gradient of NaN:
             # then all of them skip the step.
-            with nullcontext() if finite else _poisoned(weights[0]):
+            with nullcontext() if finite else _poisoned(next(iter(self.unperturbed()))):
                 descent()
         return loss
 
-    def _climb(self, later_pass: Callable[[], None] | None = None, loss_scale: float = 1.0) -> bool:
+    def _climb(self, later_pass: Pass | None = None, unscale: Tensor | None = None) -> bool:
         """Moves the saved weights from w to w + eps, on the gradients there are and, for further inner steps, on those
-        that `later_pass` makes. False, at once, if a gradient is not finite."""
-        weights, rho, at_w = self._saved
+        that `later_pass` makes. False, at once, if a gradient is known not to be finite."""
+        weights, rho, at_w, _ = self._saved
         if not weights:
             return True
         scale = self._scales(weights)
+        if self._climbs_in_place and all(w.dtype.itemsize >= 4 for w in weights):
+            return self._climb_in_place(weights, self._gradients(weights, unscale), scale, rho)
         u: list[Tensor] = []
         for inner_step in range(self.inner_steps):
             if inner_step:
                 later_pass()
-            direction, norm = self._direction(weights, self._gradients(weights, loss_scale), scale)
-            if not torch.isfinite(norm):
+            direction, norm = self._direction(weights, self._gradients(weights, unscale), scale)
+            if not self._is_finite(norm):
                 return False
             if inner_step:
                 direction = project(torch._foreach_add(u, direction), self.p)
@@ -370,9 +421,36 @@ class SAM(Optimizer):
             torch._foreach_add_(weights, stretch(u, scale, rho))
         return True
 
+    def _climb_in_place(
+        self, weights: list[Tensor], grads: list[Tensor], scale: list[Tensor | None], rho: list[Radius]
+    ) -> bool:
+        """The same for p = 2 and one inner step, without memory of its own but for T: it works in the gradients."""
+        _multiply_(grads, scale)
+        norm = global_norm(grads)
+        _multiply_(grads, scale)
+        if not self._is_finite(norm):
+            return False
+        # a norm too small to invert belongs to gradients of 0, to be divided by anything else
+        divisor = norm.clamp(min=torch.finfo(norm.dtype).tiny) if self.normalize else torch.ones_like(norm)
+        if self.norm_eps:
+            divisor = divisor + self.norm_eps
+        add_quotient_(weights, grads, divisor, rho)
+        return True
+
+    @property
+    def _climbs_in_place(self) -> bool:
+        return self.p == 2 and self.inner_steps == 1
+
+    def _is_finite(self, norm: Tensor) -> bool:
+        """Whether the norm of an ascent's gradient is finite. True for now where asking would mean waiting."""
+        if self._waits():
+            return bool(torch.isfinite(norm))
+        self._norms.append(norm)
+        return True
+
     def _second_order_shard(self, ascent: Closure, descent: Pass, rewind: Callable[[], None]) -> Tensor:
         """As `_shard`, for the gradient v + (d eps / d w)' v, where v is the gradient at w + eps."""
-        pairs = self._perturbable()
+        pairs = self._perturbable(self._layout.members)
         weights, rho = map(list, zip(*pairs, strict=True))
         with torch.enable_grad():
             loss = _loss_of(ascent)
@@ -380,7 +458,7 @@ class SAM(Optimizer):
             scale = self._scales(weights)
             u, norm = self._direction(weights, grads, scale)
             eps = stretch(u, scale, rho)
-        if not torch.isfinite(norm):
+        if not self._is_finite(norm):
             raise _NotFiniteError(loss.detach())
         # The graph of eps has saved the weights; it is walked only after they are back at w, bit for bit.
         with preserve_version(tuple(weights)), self._kept(pairs):
@@ -408,6 +486,7 @@ class SAM(Optimizer):
             if self.second_order:
                 self.zero_grad()
                 loss.backward()
+        self._gather()
         return loss.detach() if isinstance(loss, Tensor) else loss
 
     def _mean(self, passes: Sequence[Pass], shares: Sequence[float]) -> Tensor | float:
@@ -417,54 +496,134 @@ class SAM(Optimizer):
         total: dict[Tensor, Tensor] = {}
         loss: Tensor | float = 0.0
         for one, share in zip(passes, shares, strict=True):
+            buffers = self._layout.buffers
             loss = loss + share * one()
-            _add_gradients(total, [w for w in self._params() if w.grad is not None], share)
-        for w in self._params():
+            if self._layout.buffers is not buffers:  # this pass did not reach all tensors
+                total = dict(buffers.by_parameter(list(total), list(total.values())))
+            _add_gradients(total, [w for w in self._tensors() if w.grad is not None], share)
+        for w in self._tensors():
             w.grad = total.get(w)
         return loss
 
     def _finish(self, ascent_was_finite: bool, scaler: torch.amp.GradScaler | None) -> None:
         """Steps the base optimiser if every gradient of this step was finite."""
         self._steps += 1
-        if scaler is not None:
-            scaler.unscale_(self.base_optimizer)  # takes note of an inf, for scaler.update()
-        grads = _dense([w.grad for w in self._params() if w.grad is not None])
-        if ascent_was_finite and (not grads or torch.isfinite(global_norm(grads, math.inf))):
+        buffers = self._layout.buffers
+        with nullcontext() if buffers is None else buffers.standing_in(self.base_optimizer):
+            if scaler is not None:
+                scaler.unscale_(self.base_optimizer)  # takes note of an inf, for scaler.update()
+            grads = _dense([w.grad for w in self._tensors() if w.grad is not None])
+            found_inf = _found_inf([*grads, *self._norms], self._device())
+            if not self._waits():
+                self._step_or_skip_on_device(found_inf)
+            elif ascent_was_finite and not found_inf:
+                self.base_optimizer.step()
+                self._base_has_stepped = True
+            else:
+                self._skipped += 1
+        self._norms.clear()
+
+    def _step_or_skip_on_device(self, found_inf: Tensor) -> None:
+        """Hands the flag to a fused base optimiser, whose kernel then skips. Any other one steps: the weights are lost,
+        and `skipped_steps` tells."""
+        if self._skipped_on_device is None:
+            self._skipped_on_device = torch.zeros_like(found_inf)
+        self._skipped_on_device.add_(found_inf)
+        if self._base_skips:
+            self.base_optimizer.found_inf = found_inf
+        try:
             self.base_optimizer.step()
-        else:
-            self.skipped_steps += 1
+        finally:
+            if self._base_skips:
+                del self.base_optimizer.found_inf
+
+    @property
+    def _base_skips(self) -> bool:
+        return getattr(self.base_optimizer, "_step_supports_amp_scaling", False)
+
+    def _waits(self) -> bool:
+        """Whether the step asks the device if a gradient is finite, and waits for the answer: not while it is captured
+        or compiled, nor where a fused base optimiser can skip by itself. That one's first step waits all the same,
+        since torch leaves new momentum uninitialised when it skips."""
+        device = self._device()
+        if _is_recorded(device):
+            return False
+        return device.type == "cpu" or not (self._base_skips and self._base_has_stepped)
 
     # ---------------------------------------------------------------------------------------------- what is perturbed
 
+    def _prepare(self) -> None:
+        """Settles what a step works on: the parameters or, with `flat`, the buffers that hold them."""
+        if torch.compiler.is_compiling() and self._layout is not None:
+            return
+        groups = [(id(group), len(group["params"])) for group in self.param_groups]
+        if self._layout is None or self._layout.groups != groups:
+            self._layout = _Layout.of(groups, self._parameters())
+        buffers = self._layout.buffers
+        if self.flat and (buffers is None or not buffers.holds()):
+            self._flatten()
+
+    def _parameters(self) -> list[Member]:
+        def chosen(choice: TensorFilter | None, w: Tensor) -> bool:
+            return choice is None or bool(choice(w))
+
+        return [
+            Member(w, group, chosen(self.perturb_filter, w), chosen(self.scale_filter, w))
+            for group in self.param_groups
+            for w in group["params"]
+        ]
+
+    def _flatten(self) -> None:
+        self.state.update(own_state(self.state))
+        try:
+            buffers = FlatBuffers(self._layout.parameters, self.base_optimizer)
+        except ValueError:  # the state differs from tensor to tensor
+            self.flat, buffers = False, None
+        self._layout = _Layout.of(self._layout.groups, self._layout.parameters, buffers)
+
+    def _gather(self) -> None:
+        """Brings the gradients of a pass together, or gives the buffers up where it did not reach all tensors."""
+        buffers = self._layout.buffers
+        if buffers is not None and not buffers.gather():
+            self.state.update(own_state(self.state))
+            self.flat, self._layout = False, _Layout.of(self._layout.groups, self._layout.parameters)
+
     def _ascends(self) -> bool:
-        return self._steps % self.ascent_every == 0 and bool(self._perturbable())
+        return self._steps % self.ascent_every == 0 and bool(self._perturbable(self._layout.members))
 
     def _params(self) -> list[Tensor]:
         return [w for group in self.param_groups for w in group["params"]]
 
-    def _perturbable(self) -> list[tuple[Tensor, float]]:
+    def _tensors(self) -> list[Tensor]:
+        """What the step works on."""
+        return [member.tensor for member in self._layout.members]
+
+    def _device(self) -> torch.device:
+        return next(w.device for group in self.param_groups for w in group["params"])
+
+    def _perturbable(self, members: Sequence[Member]) -> list[tuple[Tensor, Radius]]:
         """The tensors that may be perturbed, each with its radius."""
         return [
             (w, group["rho"])
-            for group in self.param_groups
-            if group["rho"] > 0
-            for w in group["params"]
-            if w.requires_grad and (self.perturb_filter is None or self.perturb_filter(w))
+            for w, group, perturbed, _ in members
+            if perturbed and w.requires_grad and (isinstance(group["rho"], Tensor) or group["rho"] > 0)
         ]
 
-    def _targets(self) -> list[tuple[Tensor, float]]:
+    def _targets(self, members: Sequence[Member]) -> list[tuple[Tensor, Radius]]:
         """The tensors that the present gradients perturb, each with its radius."""
-        pairs = [(w, rho) for w, rho in self._perturbable() if w.grad is not None]
+        pairs = [(w, rho) for w, rho in self._perturbable(members) if w.grad is not None]
         _dense([w.grad for w, _ in pairs])
         return pairs
 
     def _scales(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
-        return scales(weights, self.eta, self.scale_filter) if self.adaptive else [None] * len(weights)
+        return scales(weights, self.eta, self._layout.scaled.get) if self.adaptive else [None] * len(weights)
 
-    def _gradients(self, weights: Sequence[Tensor], loss_scale: float = 1.0) -> Sequence[Tensor]:
+    def _gradients(self, weights: Sequence[Tensor], unscale: Tensor | None = None) -> list[Tensor]:
         """What the ascent follows; zero where a further inner step no longer reaches a tensor."""
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-        return grads if loss_scale == 1 else torch._foreach_mul(grads, 1 / loss_scale)
+        if unscale is not None:
+            torch._foreach_mul_(grads, unscale)
+        return grads
 
     def _direction(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], scale: Sequence[Tensor | None]
@@ -472,8 +631,13 @@ class SAM(Optimizer):
         """u = eps / (rho T), and a norm that is finite if and only if the gradients are."""
         return dual_vector(_times(grads, scale), self.p, normalize=self.normalize, norm_eps=self.norm_eps)
 
-    def _save(self, pairs: Sequence[tuple[Tensor, float]]) -> None:
-        self._saved = _Saved([w for w, _ in pairs], [rho for _, rho in pairs], [w.clone() for w, _ in pairs])
+    def _save(self, pairs: Sequence[tuple[Tensor, Radius]]) -> None:
+        weights = [w for w, _ in pairs]
+        if not _fit(self._copies, self._copied, weights):
+            self._copied, self._copies = weights, [torch.empty_like(w) for w in weights]
+        if weights:
+            torch._foreach_copy_(self._copies, weights)
+        self._saved = _Saved(weights, [rho for _, rho in pairs], self._copies, self._layout.buffers)
 
     def _restore(self) -> None:
         if self._saved is not None and self._saved.weights:
@@ -481,11 +645,11 @@ class SAM(Optimizer):
         self._saved = None
 
     @contextmanager
-    def _kept(self, pairs: Sequence[tuple[Tensor, float]]) -> Iterator[list[Tensor]]:
+    def _kept(self, pairs: Sequence[tuple[Tensor, Radius]]) -> Iterator[None]:
         """Copies the weights that are to be perturbed and puts them back afterwards, whatever happens."""
         self._save(pairs)
         try:
-            yield self._saved.weights
+            yield
         finally:
             self._restore()
 
@@ -503,6 +667,8 @@ class SAM(Optimizer):
             raise InputError("eta and scale_filter act only with adaptive=True: set it, use ASAM, or leave them out")
         if self.inner_steps > 1 and not self.normalize:
             raise InputError("inner_steps > 1 projects on a ball, and normalize=False has none: change one of the two")
+        if self.flat and (self.second_order or self.inner_steps > 1):
+            raise InputError("flat=True excludes second_order and inner_steps > 1: leave one of them out")
         if self.second_order and (self.inner_steps > 1 or 2 < self.p < math.inf):
             # at p between 2 and inf, d eps / d g is infinite wherever an entry of g is 0
             raise InputError("second_order=True needs inner_steps=1 and p at most 2, or inf")
@@ -625,27 +791,33 @@ class AverageSAM(SAM):
             self._own_generator().set_state(state)
 
     def _shard(self, ascent: Closure, descent: Pass, **_: Any) -> Tensor | float:
-        with self._kept(self._targets()):
+        with self._kept(self._targets(self._layout.members)):
             self._climb()
             return descent()
 
-    def _targets(self) -> list[tuple[Tensor, float]]:
-        return self._perturbable()
+    @property
+    def _climbs_in_place(self) -> bool:
+        return False
 
-    def _gradients(self, weights: Sequence[Tensor], loss_scale: float = 1.0) -> Sequence[Tensor]:
+    def _targets(self, members: Sequence[Member]) -> list[tuple[Tensor, Radius]]:
+        return self._perturbable(members)
+
+    def _gradients(self, weights: Sequence[Tensor], unscale: Tensor | None = None) -> list[Tensor]:
         return []
 
     def _direction(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], scale: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], Tensor]:
         generator = self._own_generator()
-        z = [torch.randn(w.shape, generator=generator, dtype=_wide_dtype(w), device=w.device) for w in weights]
+        z = [torch.zeros_like(w, dtype=_wide_dtype(w), requires_grad=False) for w in weights]
+        for _, part in self._layout.by_parameter(weights, z):  # the same draws with flat buffers as without
+            part.normal_(generator=generator)
         norm = global_norm(z, self.p)
         return _multiplied(z, _inverse(norm, self.norm_eps)) if self.normalize else z, norm
 
     def _own_generator(self) -> torch.Generator:
         if self._generator is None:  # made late: a model may move to its device after the optimiser is made
-            self._generator = torch.Generator(self._params()[0].device).manual_seed(self.seed)
+            self._generator = torch.Generator(self._device()).manual_seed(self.seed)
         return self._generator
 
     def _own_state(self) -> dict[str, Any]:
@@ -733,6 +905,20 @@ def stretch(u: Sequence[Tensor], scale: Sequence[Tensor | None], rho: float | Se
     return _times(torch._foreach_mul(u, rho), scale)
 
 
+def add_quotient_(weights: Sequence[Tensor], grads: Sequence[Tensor], divisor: Tensor, rho: Sequence[Radius]) -> None:
+    """weights += rho * grads / divisor, in place; the gradients are used up where a read of the divisor would wait."""
+    for radius, chosen in _by_radius(rho):
+        w, g = [weights[index] for index in chosen], [grads[index] for index in chosen]
+        if divisor.device.type == "cpu" and not isinstance(radius, Tensor) and not _is_recorded(divisor.device):
+            torch._foreach_add_(w, g, alpha=radius / divisor.item())
+        elif isinstance(radius, Tensor):
+            torch._foreach_mul_(g, radius / divisor)
+            torch._foreach_add_(w, g)
+        else:
+            torch._foreach_div_(g, divisor)
+            torch._foreach_add_(w, g, alpha=radius)
+
+
 def global_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """The norm of all tensors as one vector, a tensor without axes; not finite if an entry is not finite."""
     if order in (1, 2, math.inf):
@@ -744,8 +930,11 @@ def global_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
 
 def _norm_of_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
     norms = torch._foreach_norm(tensors, order)
-    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
-    return torch.linalg.vector_norm(torch.stack([norm.to(widest) for norm in norms]), order)
+    dtypes = {norm.dtype for norm in norms}
+    if len(dtypes) > 1:
+        widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+        norms = [norm.to(widest) for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
 
 
 def _inverse(norm: Tensor, norm_eps: float = 0.0) -> Tensor:
@@ -770,6 +959,37 @@ def _times(tensors: Sequence[Tensor], scale: Sequence[Tensor | None]) -> list[Te
     return products
 
 
+def _multiply_(tensors: Sequence[Tensor], scale: Sequence[Tensor | None]) -> None:
+    at = [index for index, one in enumerate(scale) if one is not None]
+    if at:
+        torch._foreach_mul_([tensors[index] for index in at], [scale[index] for index in at])
+
+
+def _by_radius(rho: Sequence[Radius]) -> list[tuple[Radius, Sequence[int]]]:
+    """Each radius with the indices of the tensors that have it."""
+    indices: dict[int | float, list[int]] = {}
+    radii: dict[int | float, Radius] = {}
+    for index, radius in enumerate(rho):
+        name = id(radius) if isinstance(radius, Tensor) else radius
+        radii[name] = radius
+        indices.setdefault(name, []).append(index)
+    return [(radii[name], indices[name]) for name in radii]
+
+
+def _found_inf(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """1.0 if an entry is not finite, else 0.0, as GradScaler keeps it; one pass, and no other temporaries."""
+    found, one = torch.zeros((), device=device), torch.ones((), device=device)
+    for dtype in {tensor.dtype for tensor in tensors}:
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        torch._amp_foreach_non_finite_check_and_unscale_(alike, found, one)
+    return found
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether the code that runs is being captured in a CUDA graph or compiled, so that nothing may be read."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
     """float32 for what is narrower: in half precision the squares of small entries and 1 / ||g|| are lost."""
     return torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
@@ -790,8 +1010,32 @@ class _Saved(NamedTuple):
     """What is perturbed: the weights, their radii and their copies at w."""
 
     weights: list[Tensor]
-    rho: list[float]
+    rho: list[Radius]
     at_w: list[Tensor]
+    buffers: FlatBuffers | None  # that the weights belong to
+
+
+class _Layout(NamedTuple):
+    """What a step works on."""
+
+    groups: list[tuple[int, int]]  # identity and length of each, by which a change is noticed
+    parameters: list[Member]
+    members: list[Member]  # the parameters, or the flat buffers in their place
+    scaled: dict[Tensor, bool]
+    buffers: FlatBuffers | None
+
+    @classmethod
+    def of(
+        cls, groups: list[tuple[int, int]], parameters: list[Member], buffers: FlatBuffers | None = None
+    ) -> "_Layout":
+        members = parameters if buffers is None else buffers.members
+        scaled = {member.tensor: member.scaled for member in (*parameters, *members)}
+        return cls(groups, parameters, members, scaled, buffers)
+
+    def by_parameter(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+        if self.buffers is None:
+            return zip(tensors, values, strict=True)
+        return self.buffers.by_parameter(tensors, values)
 
 
 def _closure_list(closure: Any) -> list[Closure]:
@@ -809,6 +1053,15 @@ def _shares(weights: Sequence[float] | None, num_shards: int) -> list[float]:
     if len(sizes) != num_shards or not all(0 < size < math.inf for size in sizes):
         raise InputError(f"weights = {sizes}: give one positive number for each of the {num_shards} closures")
     return [size / sum(sizes) for size in sizes]
+
+
+def _fit(copies: list[Tensor], copied: list[Tensor], weights: list[Tensor]) -> bool:
+    """Whether the copies can take these weights in."""
+    return (
+        len(copied) == len(weights)
+        and all(map(operator.is_, copied, weights))
+        and [copy.dtype for copy in copies] == [w.dtype for w in weights]
+    )
 
 
 def _loss_of(closure: Closure) -> Tensor | float:

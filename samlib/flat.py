@@ -1,0 +1,301 @@
+"""Flat buffers: the weights, gradients and momentum of many tensors in a few pieces of contiguous memory.
+
+An operation on all weights is then one operation on one long tensor, however many tensors a network has. The parameters
+stay those the model holds: their data become views of the long tensor, with their own shapes and strides.
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+ALIGNMENT = 64  # bytes; every view starts at a multiple of it, since kernels load vectors of up to this length
+
+# Their update of an entry depends on that entry's weight, gradient and state alone, so it may run on one long tensor in
+# place of many short ones. A subclass may do more than that and is not meant.
+ELEMENTWISE = {
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+}
+
+State = dict[Tensor, dict[str, Any]]
+
+
+class Member(NamedTuple):
+    """A tensor as an optimiser sees it: a parameter, or the long tensor of a bucket of them."""
+
+    tensor: Tensor
+    group: dict[str, Any]
+    perturbed: bool
+    scaled: bool
+
+
+class Bucket:
+    """Parameters of one group, dtype and treatment as views of one long tensor.
+
+    Attributes:
+        tensors: the parameters, in order.
+        flat: the long tensor, itself a parameter with `.grad`. What lies between two views is 0 and stays 0.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        dtype, device = tensors[0].dtype, tensors[0].device
+        step, size = ALIGNMENT // dtype.itemsize, 0
+        self._offsets = []
+        for tensor in tensors:
+            self._offsets.append(size)
+            size += -(-tensor.numel() // step) * step
+        self.flat = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
+        self._gradient = torch.zeros(size, dtype=dtype, device=device)
+        self._gradient_views = self.views(self._gradient)
+        self._shown = False  # by the last pass: whether the parameters' gradients are these views
+        for tensor, view in zip(tensors, self.views(self.flat.data), strict=True):
+            tensor.data = view.copy_(tensor.data)
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+
+    def views(self, long: Tensor) -> list[Tensor]:
+        """The parts of a tensor like `flat` that belong to the parameters, with their shapes and strides."""
+        return [
+            long.as_strided(tensor.shape, tensor.stride(), offset)
+            for tensor, offset in zip(self.tensors, self._offsets, strict=True)
+        ]
+
+    def holds(self) -> bool:
+        """Whether the parameters still are views of `flat`: a model that was moved or converted has new data."""
+        return [tensor.data_ptr() for tensor in self.tensors] == self._addresses
+
+    def gather(self) -> bool:
+        """Brings the parameters' gradients together in `flat.grad`; None if no parameter has one.
+
+        Returns:
+            False, with nothing done, if some parameters have a dense gradient and others have not.
+        """
+        grads = [tensor.grad for tensor in self.tensors]
+        self._shown = all(map(operator.is_, grads, self._gradient_views))
+        if self._shown:
+            self.flat.grad = self._gradient
+        elif all(grad is None for grad in grads):
+            self.flat.grad = None
+        elif any(grad is None or grad.layout != torch.strided for grad in grads):
+            return False
+        else:
+            torch._foreach_copy_(self._gradient_views, grads)
+            self.flat.grad = self._gradient
+        return True
+
+    def show(self) -> None:
+        """Makes the parameters' gradients views of `flat.grad`, so that whoever reads or clips either sees both."""
+        if self.flat.grad is None:
+            return
+        if self.flat.grad is not self._gradient:
+            self._gradient.copy_(self.flat.grad)
+            self.flat.grad = self._gradient
+        if not self._shown:
+            self._show()
+
+    def clear(self) -> None:
+        """Sets the gradients to zero, as views of `flat.grad`."""
+        self._gradient.zero_()
+        self._show()
+
+    def _show(self) -> None:
+        for tensor, view in zip(self.tensors, self._gradient_views, strict=True):
+            tensor.grad = view
+
+
+class FlatBuffers:
+    """The members of an optimiser, with buckets in place of the parameters that fit into one.
+
+    A parameter stays by itself if it is frozen, has no axes (its momentum could not be told from a step count), leaves
+    gaps in its memory, or shares memory with another.
+
+    Args:
+        members: all parameters.
+        optimizer: the base optimiser, with the state it has so far.
+
+    Attributes:
+        members: buckets first, then the parameters that stay by themselves.
+
+    Raises:
+        ValueError: the parameters of a bucket have states that differ, as after steps that not all of them took.
+    """
+
+    def __init__(self, members: Sequence[Member], optimizer: Optimizer) -> None:
+        self._steps = type(optimizer) in ELEMENTWISE
+        together, self._alone = _sorted(members)
+        joined = [_joined(group, optimizer.state) if self._steps else {} for group in together]  # before any change
+        self.buckets = [Bucket([one.tensor for one in group]) for group in together]
+        self.members = [
+            group[0]._replace(tensor=bucket.flat) for bucket, group in zip(self.buckets, together, strict=True)
+        ]
+        self.members += self._alone
+        self._state: State = {}
+        self._shown: dict[Tensor, dict[str, int]] = {}
+        for bucket, values in zip(self.buckets, joined, strict=True):
+            if values:
+                self._state[bucket.flat] = {name: _whole(bucket, value) for name, value in values.items()}
+        if self._steps:
+            self._show_state(optimizer.state)
+
+    def holds(self) -> bool:
+        return all(bucket.holds() for bucket in self.buckets)
+
+    def gather(self) -> bool:
+        return all(bucket.gather() for bucket in self.buckets)
+
+    def clear(self) -> None:
+        for bucket in self.buckets:
+            bucket.clear()
+        for member in self._alone:
+            if member.tensor.grad is not None:
+                member.tensor.grad.zero_()
+
+    def by_parameter(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, its part of the value), for members' tensors and values of their shapes."""
+        buckets = {bucket.flat: bucket for bucket in self.buckets}
+        for tensor, value in zip(tensors, values, strict=True):
+            if tensor in buckets:
+                yield from zip(buckets[tensor].tensors, buckets[tensor].views(value), strict=True)
+            else:
+                yield tensor, value
+
+    @contextmanager
+    def standing_in(self, optimizer: Optimizer) -> Iterator[None]:
+        """Inside, an elementwise optimiser has the long tensors for parameters. The gradients of the parameters are
+        views of theirs, so that any other optimiser, and every hook, finds them where it looks."""
+        for bucket in self.buckets:
+            bucket.show()
+        if not self._steps:
+            yield
+            return
+        groups, state = optimizer.param_groups, optimizer.state
+        parameters = [group["params"] for group in groups]
+        for group in groups:
+            group["params"] = [member.tensor for member in self.members if member.group is group]
+        optimizer.state = self._state_of_members(state)
+        try:
+            yield
+        finally:
+            self._take_back(optimizer.state, state)
+            optimizer.state = state
+            for group, params in zip(groups, parameters, strict=True):
+                group["params"] = params
+
+    # ------------------------------------------------------------------------------- the state of the base optimiser
+
+    def _state_of_members(self, state: State) -> State:
+        members = state.copy()  # the kind of dictionary that the optimiser made
+        members.clear()
+        members.update(self._state)
+        members.update({one.tensor: state[one.tensor] for one in self._alone if one.tensor in state})
+        return members
+
+    def _take_back(self, members: State, state: State) -> None:
+        for bucket in self.buckets:
+            if bucket.flat in members:
+                self._state[bucket.flat] = members[bucket.flat]
+        state.update({one.tensor: members[one.tensor] for one in self._alone if one.tensor in members})
+        self._show_state(state)
+
+    def _show_state(self, state: State) -> None:
+        """Gives each parameter its part of the state as a view; what is one number for all (a step count) is shared."""
+        for bucket in self.buckets:
+            whole = self._state.get(bucket.flat, {})
+            identity = {name: id(value) for name, value in whole.items()}
+            if self._shown.get(bucket.flat, {}) == identity:  # all but the first step change the state in place
+                continue
+            self._shown[bucket.flat] = identity
+            parts = {name: bucket.views(value) for name, value in whole.items() if _is_per_entry(value, bucket.flat)}
+            for index, tensor in enumerate(bucket.tensors):
+                state[tensor] = {name: parts[name][index] if name in parts else whole[name] for name in whole}
+
+
+def own_state(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The state with a step count of its own for each parameter, as optimisers keep it and as is saved."""
+    return {
+        index: {name: value.clone() if _is_number(value) else value for name, value in one.items()}
+        for index, one in state.items()
+    }
+
+
+def _sorted(members: Sequence[Member]) -> tuple[list[list[Member]], list[Member]]:
+    """The members of each bucket, and those that stay by themselves."""
+    together: dict[tuple, list[Member]] = {}
+    alone = []
+    overlapping = _overlapping([member.tensor for member in members])
+    for member in members:
+        tensor = member.tensor
+        # an empty tensor of the same strides: neither gaps nor overlaps within it
+        dense = tensor.dim() > 0 and tensor.numel() > 0 and torch.empty_like(tensor).stride() == tensor.stride()
+        if tensor.requires_grad and dense and tensor not in overlapping:
+            key = (id(member.group), tensor.dtype, tensor.device, member.perturbed, member.scaled)
+            together.setdefault(key, []).append(member)
+        else:
+            alone.append(member)
+    return list(together.values()), alone
+
+
+def _overlapping(tensors: Sequence[Tensor]) -> set[Tensor]:
+    """Those that share memory with another."""
+    found, last, end = set(), None, 0
+    for tensor in sorted(tensors, key=Tensor.data_ptr):
+        if last is not None and tensor.data_ptr() < end:
+            found |= {last, tensor}
+        if last is None or tensor.data_ptr() + tensor.nbytes > end:
+            last, end = tensor, tensor.data_ptr() + tensor.nbytes
+    return found
+
+
+def _joined(members: Sequence[Member], state: State) -> dict[str, list[Tensor] | Any]:
+    """The state of a bucket's parameters by name: a list of tensors, one per parameter, or what all have in common.
+
+    Raises:
+        ValueError: they differ in what they should have in common.
+    """
+    states = [state.get(member.tensor, {}) for member in members]
+    if any(one.keys() != states[0].keys() for one in states):
+        raise ValueError("the parameters of a bucket have different kinds of state")
+    joined: dict[str, Any] = {}
+    for name, first in states[0].items():
+        values = [one[name] for one in states]
+        if all(_is_per_entry(value, member.tensor) for value, member in zip(values, members, strict=True)):
+            joined[name] = values
+        elif all(_equal(value, first) for value in values):
+            joined[name] = first.clone() if isinstance(first, Tensor) else first
+        else:
+            raise ValueError(f"the parameters of a bucket have a different {name!r}")
+    return joined
+
+
+def _whole(bucket: Bucket, value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    long = torch.zeros(bucket.flat.shape, dtype=value[0].dtype, device=bucket.flat.device)
+    torch._foreach_copy_(bucket.views(long), value)
+    return long
+
+
+def _is_per_entry(value: Any, tensor: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == tensor.shape
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _equal(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return torch.equal(value, other)
+    return type(value) is type(other) and value == other
