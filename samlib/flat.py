@@ -6,7 +6,6 @@ stay those the model holds: their data become views of the long tensor, with the
 
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -85,14 +84,14 @@ class Bucket:
         grads = [tensor.grad for tensor in self.tensors]
         self._shown = all(map(operator.is_, grads, self._gradient_views))
         if self._shown:
-            self.flat.grad = self._gradient
+            self._give_gradient()
         elif all(grad is None for grad in grads):
             self.flat.grad = None
         elif any(grad is None or grad.layout != torch.strided for grad in grads):
             return False
         else:
             torch._foreach_copy_(self._gradient_views, grads)
-            self.flat.grad = self._gradient
+            self._give_gradient()
         return True
 
     def show(self) -> None:
@@ -101,7 +100,7 @@ class Bucket:
             return
         if self.flat.grad is not self._gradient:
             self._gradient.copy_(self.flat.grad)
-            self.flat.grad = self._gradient
+            self._give_gradient()
         if not self._shown:
             self._show()
 
@@ -109,6 +108,10 @@ class Bucket:
         """Sets the gradients to zero, as views of `flat.grad`."""
         self._gradient.zero_()
         self._show()
+
+    def _give_gradient(self) -> None:
+        if self.flat.grad is not self._gradient:  # torch.compile takes no assignment, not even one that changes nothing
+            self.flat.grad = self._gradient
 
     def _show(self) -> None:
         for tensor, view in zip(self.tensors, self._gradient_views, strict=True):
@@ -133,20 +136,17 @@ class FlatBuffers:
     """
 
     def __init__(self, members: Sequence[Member], optimizer: Optimizer) -> None:
-        self._steps = type(optimizer) in ELEMENTWISE
+        elementwise = type(optimizer) in ELEMENTWISE
         together, self._alone = _sorted(members)
-        joined = [_joined(group, optimizer.state) if self._steps else {} for group in together]  # before any change
+        joined = [_joined(group, optimizer.state) if elementwise else {} for group in together]  # before any change
         self.buckets = [Bucket([one.tensor for one in group]) for group in together]
         self.members = [
             group[0]._replace(tensor=bucket.flat) for bucket, group in zip(self.buckets, together, strict=True)
         ]
         self.members += self._alone
-        self._state: State = {}
         self._shown: dict[Tensor, dict[str, int]] = {}
-        for bucket, values in zip(self.buckets, joined, strict=True):
-            if values:
-                self._state[bucket.flat] = {name: _whole(bucket, value) for name, value in values.items()}
-        if self._steps:
+        self._twin = self._make_twin(optimizer, joined) if elementwise else None
+        if self._twin is not None:
             self._show_state(optimizer.state)
 
     def holds(self) -> bool:
@@ -171,48 +171,49 @@ class FlatBuffers:
             else:
                 yield tensor, value
 
-    @contextmanager
-    def standing_in(self, optimizer: Optimizer) -> Iterator[None]:
-        """Inside, an elementwise optimiser has the long tensors for parameters. The gradients of the parameters are
-        views of theirs, so that any other optimiser, and every hook, finds them where it looks."""
+    def stand_in(self, base: Optimizer) -> Optimizer:
+        """The optimiser to step instead of `base`: one with the long tensors for parameters and the settings and hooks
+        that `base` has now, or, where its update is not elementwise, `base` itself. The parameters' gradients become
+        views of the long ones, so that every hook finds them where it looks."""
         for bucket in self.buckets:
             bucket.show()
-        if not self._steps:
-            yield
-            return
-        groups, state = optimizer.param_groups, optimizer.state
-        parameters = [group["params"] for group in groups]
-        for group in groups:
-            group["params"] = [member.tensor for member in self.members if member.group is group]
-        optimizer.state = self._state_of_members(state)
-        try:
-            yield
-        finally:
-            self._take_back(optimizer.state, state)
-            optimizer.state = state
-            for group, params in zip(groups, parameters, strict=True):
-                group["params"] = params
+        if self._twin is None:
+            return base
+        for group, settings in zip(self._twin.param_groups, base.param_groups, strict=True):
+            for name, value in settings.items():
+                if name != "params":
+                    group[name] = value
+        return self._twin
+
+    def stepped(self, base: Optimizer) -> None:
+        """To be called after a step of the stand-in: shows `base` the state."""
+        if self._twin is not None:
+            state = self._twin.state
+            base.state.update({one.tensor: state[one.tensor] for one in self._alone if one.tensor in state})
+            self._show_state(base.state)
+            base._opt_called = True  # the mark by which a scheduler knows that the optimiser stepped before it
 
     # ------------------------------------------------------------------------------- the state of the base optimiser
 
-    def _state_of_members(self, state: State) -> State:
-        members = state.copy()  # the kind of dictionary that the optimiser made
-        members.clear()
-        members.update(self._state)
-        members.update({one.tensor: state[one.tensor] for one in self._alone if one.tensor in state})
-        return members
-
-    def _take_back(self, members: State, state: State) -> None:
-        for bucket in self.buckets:
-            if bucket.flat in members:
-                self._state[bucket.flat] = members[bucket.flat]
-        state.update({one.tensor: members[one.tensor] for one in self._alone if one.tensor in members})
-        self._show_state(state)
+    def _make_twin(self, base: Optimizer, joined: Sequence[dict[str, Any]]) -> Optimizer:
+        twin = object.__new__(type(base))  # copy.copy would leave the hooks out
+        twin.__dict__.update({name: value for name, value in base.__dict__.items() if name != "step"})  # a scheduler's
+        twin.param_groups = [
+            {**group, "params": [one.tensor for one in self.members if one.group is group]}
+            for group in base.param_groups
+        ]
+        twin.state = base.state.copy()
+        twin.state.clear()
+        twin.state.update({one.tensor: base.state[one.tensor] for one in self._alone if one.tensor in base.state})
+        for bucket, values in zip(self.buckets, joined, strict=True):
+            if values:
+                twin.state[bucket.flat] = {name: _whole(bucket, value) for name, value in values.items()}
+        return twin
 
     def _show_state(self, state: State) -> None:
         """Gives each parameter its part of the state as a view; what is one number for all (a step count) is shared."""
         for bucket in self.buckets:
-            whole = self._state.get(bucket.flat, {})
+            whole = self._twin.state.get(bucket.flat, {})
             identity = {name: id(value) for name, value in whole.items()}
             if self._shown.get(bucket.flat, {}) == identity:  # all but the first step change the state in place
                 continue

@@ -22,12 +22,14 @@ is a further pass after one at w. They differ for AverageSAM, whose only pass is
 norm has to know (`samlib.batchnorm.second_pass`).
 """
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -130,27 +132,50 @@ class SAM(Optimizer):
         **base_kwargs: Any,
     ) -> None:
         if isinstance(base_optimizer, Optimizer):
-            raise InputError("base_optimizer is an optimizer already: pass its class, and its settings by keyword")
+            raise InputError(
+                "base_optimizer is an optimizer already: pass its class, and its settings by keyword, or use "
+                f"{type(self).__name__}.around(optimizer)"
+            )
         self.p, self.adaptive, self.eta, self.normalize, self.norm_eps = float(p), adaptive, eta, normalize, norm_eps
         self.inner_steps, self.ascent_every, self.second_order = inner_steps, ascent_every, second_order
         self.perturb_filter, self.scale_filter = perturb_filter, scale_filter
         self.flat = flat
         self._check_settings()
-        self._steps = 0
-        self._base_has_stepped = False
-        self._skipped = 0
-        self._skipped_on_device: Tensor | None = None
-        self._norms: list[Tensor] = []  # of this step's ascents, as far as nobody has asked whether they are finite
+        self._now = _Now()
         self._layout: _Layout | None = None
         self._copied: list[Tensor] = []
         self._copies: list[Tensor] = []
-        self._saved: _Saved | None = None  # while the weights are perturbed
-        self._first_step_was_finite: bool | None = None  # None outside the two-step form
         super().__init__(params, {"rho": rho})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, "rho": rho}
         self._check_filters()
+
+    @classmethod
+    def around(cls, base_optimizer: Optimizer, *arguments: Any, **settings: Any) -> Self:
+        """Wraps an optimiser that has been at work, or that of another of these classes, and goes on with its momentum, its
+        groups and its schedulers: for a hybrid that changes its method at some step.
+
+        ::
+
+            sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            ...                                          # the first half of training
+            opt = SAM.around(sgd, rho=0.05)              # then SAM; ASAM.around(opt.base_optimizer, 0.5) would follow it
+
+        Args:
+            base_optimizer: an optimiser of torch, not to be stepped by itself any more.
+            *arguments, **settings: this class's own, from `rho` on, which goes to all groups.
+
+        Raises:
+            InputError: as the class.
+        """
+        groups = [{**group} for group in base_optimizer.param_groups]
+        opt = cls(groups, lambda _: base_optimizer, *arguments, **settings)
+        for group in opt.param_groups:
+            group["rho"] = opt.defaults["rho"]
+        opt.state.update(own_state(opt.state))
+        opt._now.base_has_stepped = bool(opt.state)
+        return opt
 
     # ------------------------------------------------------------------------------------------------ stepping
 
@@ -195,7 +220,7 @@ class SAM(Optimizer):
         closures = _closure_list(closure)
         shares = _shares(weights, len(closures))
         self._check_step_options(ascent_closure, scaler, no_sync)
-        if self._first_step_was_finite is not None:
+        if self._now.first_step_was_finite is not None:
             raise RuntimeError("step() was called between first_step() and second_step()")
         self._prepare()
         passes = [partial(self._evaluate, one) for one in closures]
@@ -234,7 +259,7 @@ class SAM(Optimizer):
         """
         if self.second_order or self.inner_steps > 1:
             raise InputError("second_order and inner_steps > 1 need more gradients: use step(closure)")
-        if self._first_step_was_finite is not None:
+        if self._now.first_step_was_finite is not None:
             raise RuntimeError("first_step() was called twice without second_step()")
         self._prepare()
         self._gather()
@@ -242,7 +267,7 @@ class SAM(Optimizer):
         if self._ascends():
             self._save(self._targets(self._layout.members))
             finite = self._climb()
-        self._first_step_was_finite = finite
+        self._now.first_step_was_finite = finite
         if zero_grad:
             self.zero_grad()
 
@@ -253,12 +278,12 @@ class SAM(Optimizer):
         Raises:
             RuntimeError: called without `first_step`.
         """
-        if self._first_step_was_finite is None:
+        if self._now.first_step_was_finite is None:
             raise RuntimeError("second_step() was called without first_step()")
         self._gather()
         self._restore()
-        self._finish(self._first_step_was_finite, None)
-        self._first_step_was_finite = None
+        self._finish(self._now.first_step_was_finite, None)
+        self._now.first_step_was_finite = None
         self._opt_called = True  # the mark by which a scheduler knows that the optimiser stepped before it
         if zero_grad:
             self.zero_grad()
@@ -284,7 +309,7 @@ class SAM(Optimizer):
     @property
     def at_perturbed_point(self) -> bool:
         """True while the weights are perturbed: in a closure, in a pass at a point other than w."""
-        return self._saved is not None
+        return self._now.saved is not None
 
     @property
     def in_second_pass(self) -> bool:
@@ -294,15 +319,15 @@ class SAM(Optimizer):
     def unperturbed(self) -> dict[Tensor, Tensor]:
         """The copies at w of the tensors that are perturbed at present, by parameter; empty while none is. The next
         perturbation overwrites them."""
-        if self._saved is None:
+        if self._now.saved is None:
             return {}
-        weights, _, at_w, buffers = self._saved
+        weights, _, at_w, buffers = self._now.saved
         return dict(zip(weights, at_w, strict=True) if buffers is None else buffers.by_parameter(weights, at_w))
 
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because of a gradient that was not finite. Waits for the device."""
-        return self._skipped + (0 if self._skipped_on_device is None else int(self._skipped_on_device))
+        return self._now.skipped + (0 if self._now.skipped_on_device is None else int(self._now.skipped_on_device))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`. With `flat`, `set_to_none=False` is one operation and the next
@@ -322,7 +347,7 @@ class SAM(Optimizer):
         _check_group(group)
         if hasattr(self, "base_optimizer"):
             self.base_optimizer.add_param_group(group)
-            self._base_has_stepped = False  # the new tensors have no momentum yet
+            self._now.base_has_stepped = False  # the new tensors have no momentum yet
         else:  # within the constructor
             super().add_param_group(group)
 
@@ -344,7 +369,7 @@ class SAM(Optimizer):
             group.setdefault("rho", self.defaults["rho"])
         # shares the new objects again, and lets the base optimiser fill in what an older version of it did not save
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
-        self._layout, self._copied, self._copies, self._base_has_stepped = None, [], [], bool(self.state)
+        self._layout, self._copied, self._copies, self._now.base_has_stepped = None, [], [], bool(self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy and pickle. A scheduler leaves a `step` of its own behind, bound to this object; and a copy
@@ -356,10 +381,10 @@ class SAM(Optimizer):
         return {**kept, "state": state}
 
     def _own_state(self) -> dict[str, Any]:
-        return {"steps": self._steps, "skipped_steps": self.skipped_steps}
+        return {"steps": self._now.steps, "skipped_steps": self.skipped_steps}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        self._steps, self._skipped, self._skipped_on_device = state["steps"], state["skipped_steps"], None
+        self._now.steps, self._now.skipped, self._now.skipped_on_device = state["steps"], state["skipped_steps"], None
 
     # ---------------------------------------------------------------------------------------------- ascent and descent
 
@@ -401,7 +426,7 @@ class SAM(Optimizer):
     def _climb(self, later_pass: Pass | None = None, unscale: Tensor | None = None) -> bool:
         """Moves the saved weights from w to w + eps, on the gradients there are and, for further inner steps, on those
         that `later_pass` makes. False, at once, if a gradient is known not to be finite."""
-        weights, rho, at_w, _ = self._saved
+        weights, rho, at_w, _ = self._now.saved
         if not weights:
             return True
         scale = self._scales(weights)
@@ -445,7 +470,7 @@ class SAM(Optimizer):
         """Whether the norm of an ascent's gradient is finite. True for now where asking would mean waiting."""
         if self._waits():
             return bool(torch.isfinite(norm))
-        self._norms.append(norm)
+        self._now.norms.append(norm)
         return True
 
     def _second_order_shard(self, ascent: Closure, descent: Pass, rewind: Callable[[], None]) -> Tensor:
@@ -507,35 +532,41 @@ class SAM(Optimizer):
 
     def _finish(self, ascent_was_finite: bool, scaler: torch.amp.GradScaler | None) -> None:
         """Steps the base optimiser if every gradient of this step was finite."""
-        self._steps += 1
+        self._now.steps += 1
         buffers = self._layout.buffers
-        with nullcontext() if buffers is None else buffers.standing_in(self.base_optimizer):
-            if scaler is not None:
-                scaler.unscale_(self.base_optimizer)  # takes note of an inf, for scaler.update()
-            grads = _dense([w.grad for w in self._tensors() if w.grad is not None])
-            found_inf = _found_inf([*grads, *self._norms], self._device())
-            if not self._waits():
-                self._step_or_skip_on_device(found_inf)
-            elif ascent_was_finite and not found_inf:
-                self.base_optimizer.step()
-                self._base_has_stepped = True
-            else:
-                self._skipped += 1
-        self._norms.clear()
+        base = self.base_optimizer if buffers is None else buffers.stand_in(self.base_optimizer)
+        if scaler is not None:
+            scaler.unscale_(base)  # takes note of an inf, for scaler.update()
+        grads = _dense([w.grad for w in self._tensors() if w.grad is not None])
+        found_inf = _found_inf([*grads, *self._now.norms], self._device())
+        if not self._waits():
+            self._step_or_skip_on_device(base, found_inf)
+        elif ascent_was_finite and not found_inf:
+            base.step()
+            self._now.base_has_stepped = True
+        else:
+            self._now.skipped += 1
+        if buffers is not None:
+            buffers.stepped(self.base_optimizer)
+        self._now.norms.clear()
 
-    def _step_or_skip_on_device(self, found_inf: Tensor) -> None:
+    def _step_or_skip_on_device(self, base: Optimizer, found_inf: Tensor) -> None:
         """Hands the flag to a fused base optimiser, whose kernel then skips. Any other one steps: the weights are lost,
         and `skipped_steps` tells."""
-        if self._skipped_on_device is None:
-            self._skipped_on_device = torch.zeros_like(found_inf)
-        self._skipped_on_device.add_(found_inf)
+        if self._now.skipped_on_device is None:
+            self._now.skipped_on_device = torch.zeros_like(found_inf)
+        self._now.skipped_on_device.add_(found_inf)
+        if torch.compiler.is_compiling():
+            # torch breaks the graph around `step`; what it wraps is the update alone, without hooks
+            inspect.unwrap(type(base).step)(base)
+            return
         if self._base_skips:
-            self.base_optimizer.found_inf = found_inf
+            base.found_inf = found_inf
         try:
-            self.base_optimizer.step()
+            base.step()
         finally:
             if self._base_skips:
-                del self.base_optimizer.found_inf
+                del base.found_inf
 
     @property
     def _base_skips(self) -> bool:
@@ -548,7 +579,7 @@ class SAM(Optimizer):
         device = self._device()
         if _is_recorded(device):
             return False
-        return device.type == "cpu" or not (self._base_skips and self._base_has_stepped)
+        return device.type == "cpu" or not (self._base_skips and self._now.base_has_stepped)
 
     # ---------------------------------------------------------------------------------------------- what is perturbed
 
@@ -589,7 +620,7 @@ class SAM(Optimizer):
             self.flat, self._layout = False, _Layout.of(self._layout.groups, self._layout.parameters)
 
     def _ascends(self) -> bool:
-        return self._steps % self.ascent_every == 0 and bool(self._perturbable(self._layout.members))
+        return self._now.steps % self.ascent_every == 0 and bool(self._perturbable(self._layout.members))
 
     def _params(self) -> list[Tensor]:
         return [w for group in self.param_groups for w in group["params"]]
@@ -637,12 +668,12 @@ class SAM(Optimizer):
             self._copied, self._copies = weights, [torch.empty_like(w) for w in weights]
         if weights:
             torch._foreach_copy_(self._copies, weights)
-        self._saved = _Saved(weights, [rho for _, rho in pairs], self._copies, self._layout.buffers)
+        self._now.saved = _Saved(weights, [rho for _, rho in pairs], self._copies, self._layout.buffers)
 
     def _restore(self) -> None:
-        if self._saved is not None and self._saved.weights:
-            torch._foreach_copy_(self._saved.weights, self._saved.at_w)
-        self._saved = None
+        if self._now.saved is not None and self._now.saved.weights:
+            torch._foreach_copy_(self._now.saved.weights, self._now.saved.at_w)
+        self._now.saved = None
 
     @contextmanager
     def _kept(self, pairs: Sequence[tuple[Tensor, Radius]]) -> Iterator[None]:
@@ -1013,6 +1044,20 @@ class _Saved(NamedTuple):
     rho: list[Radius]
     at_w: list[Tensor]
     buffers: FlatBuffers | None  # that the weights belong to
+
+
+@dataclass
+class _Now:
+    """What changes from step to step. An object of its own, because torch.compile drops changes to an optimiser's
+    attributes without a word."""
+
+    steps: int = 0
+    base_has_stepped: bool = False
+    skipped: int = 0
+    skipped_on_device: Tensor | None = None
+    saved: _Saved | None = None  # while the weights are perturbed
+    first_step_was_finite: bool | None = None  # between first_step and second_step
+    norms: list[Tensor] = field(default_factory=list)  # of this step's ascents, as far as they were not read
 
 
 class _Layout(NamedTuple):
