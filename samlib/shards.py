@@ -9,9 +9,10 @@ layer, with a weight tensor per shard: fewer, larger calls, and num_shards times
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from itertools import pairwise
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -112,12 +113,11 @@ class Shards(list[Callable[[], Tensor]]):
         """
         self._running = _Running(self.model, len(self))
         steps = self._running.no_steps()
-        at_w = [w.detach().expand(len(self), *w.shape).requires_grad_() for w in parameters]
-        with torch.enable_grad(), _advised():
-            losses = self._losses(parameters, at_w, steps)
-            grads = torch.autograd.grad(losses.sum(), at_w, materialize_grads=True)
+        at_w = [w.detach().expand(len(self), *w.shape) for w in parameters]
+        losses, grads = self._differentiate(parameters, at_w, steps)
         self._running.advance(steps)
-        return losses.detach(), list(grads)
+        grads = [torch.zeros_like(w) if g is None else g for w, g in zip(at_w, grads, strict=True)]
+        return losses, grads
 
     def mean_gradients(
         self, parameters: Sequence[Tensor], eps: Sequence[Tensor | None], shares: Sequence[float] | None = None
@@ -133,26 +133,33 @@ class Shards(list[Callable[[], Tensor]]):
             The mean over shards of the gradients at w + eps_s, one tensor of the parameter's shape each; None for a
             parameter that the loss does not reach.
         """
-        w = [parameter.detach().requires_grad_() for parameter in parameters]
         buffers = self._running.in_second_pass(self.statistics)
-        with torch.enable_grad(), _advised(), second_pass(self.model, self.statistics):
-            at = [_perturbed(one, e, len(self)) for one, e in zip(w, eps, strict=True)]
-            losses = self._losses(parameters, at, buffers)
-            mean = losses.mean() if shares is None else losses @ losses.new_tensor(shares)
-            grads = torch.autograd.grad(mean, w, allow_unused=True)
+        at = [_perturbed(w.detach(), e, len(self)) for w, e in zip(parameters, eps, strict=True)]
+        with second_pass(self.model, self.statistics):
+            _, grads = self._differentiate(parameters, at, buffers, shares or [1 / len(self)] * len(self))
         if self.statistics == "update":
             self._running.advance(buffers)
-        return list(grads)
+        return [None if g is None else g.sum(0) for g in grads]
 
-    def _losses(self, parameters: Sequence[Tensor], at: Sequence[Tensor], buffers: dict[str, Tensor]) -> Tensor:
-        """The shards' losses, where shard s has the weights at[...][s]; (num_shards,)."""
+    def _differentiate(
+        self,
+        parameters: Sequence[Tensor],
+        at: Sequence[Tensor],
+        buffers: dict[str, Tensor],
+        shares: Sequence[float] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The losses of all shards, shard s with the weights at[...][s], and their gradients, times the shard's share
+        if there are shares: (num_shards,) and tensors of (num_shards, *shape)."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        weights = {names[parameter]: one for parameter, one in zip(parameters, at, strict=True)}
+        leaves = [one.detach().requires_grad_() for one in at]
+        weights = {names[parameter]: leaf for parameter, leaf in zip(parameters, leaves, strict=True)}
         inputs, targets = (t.unflatten(0, (len(self), -1)) for t in (self.inputs, self.targets))
-        losses = _compiled(self.compile)(self.model, self.loss_fn, weights, buffers, inputs, targets)
-        if losses.ndim != 1:
-            raise InputError(f"loss_fn returned {losses.ndim - 1} axes: let it return the mean over the examples")
-        return losses
+        with torch.enable_grad(), _advised():
+            losses = _losses_of(self.model, self.compile)(self.model, self.loss_fn, weights, buffers, inputs, targets)
+            if losses.ndim != 1:
+                raise InputError(f"loss_fn returned {losses.ndim - 1} axes: let it return the mean over the examples")
+            factors = torch.ones_like(losses) if shares is None else losses.new_tensor(shares)
+            return losses.detach(), torch.autograd.grad(losses, leaves, factors, allow_unused=True)
 
     def _choose(self, opt: Optimizer, vectorize: bool | None) -> bool:
         if vectorize is False or (vectorize is None and not (self.compile or self._is_worth_it())):
@@ -215,14 +222,21 @@ def _losses(
     return vmap(loss, randomness="different")(weights, buffers, inputs, targets)
 
 
-@cache
-def _compiled(backend: bool | str) -> Callable[..., Tensor]:
-    """`_losses`, compiled or not. torch keeps what it compiled beside the code of `_losses`, with weak references to
-    the model, so that a later `Shards` finds it. Each shape is compiled for itself: kernels for variable shapes are
-    slower, and a training run has one shape or two."""
+def _losses_of(model: nn.Module, backend: bool | str) -> Callable[..., Tensor]:
+    """`_losses`, compiled or not. torch keeps what it compiles, and counts it against a limit, with a function's code:
+    each model gets a copy of the code, which goes with the model. Every shape is compiled for itself, since kernels for
+    variable shapes are slower and training has one shape or two."""
     if not backend:
         return _losses
-    return torch.compile(_losses, dynamic=False, **({} if backend is True else {"backend": backend}))
+    own = _compiled.setdefault(model, {})
+    if backend not in own:
+        copied = FunctionType(_losses.__code__.replace(), _losses.__globals__)
+        options = {} if backend is True else {"backend": backend}
+        own[backend] = torch.compile(copied, fullgraph=True, dynamic=False, **options)
+    return own[backend]
+
+
+_compiled: WeakKeyDictionary[nn.Module, dict[bool | str, Callable[..., Tensor]]] = WeakKeyDictionary()
 
 
 def _perturbed(w: Tensor, eps: Tensor | None, num_shards: int) -> Tensor:

@@ -408,6 +408,76 @@ def test_an_exception_leaves_the_model_and_says_how_to_do_without():
         shards.gradients_at_w(params)
 
 
+# --------------------------------------------------------------------------------------------------------- compilation
+
+
+def tiny(norm):
+    """Compiles quickly."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 2, 3, bias=False), norm, nn.Flatten(), nn.Linear(18, 3)).double()
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "update", "eval"])
+def test_compiled_steps_are_the_closures_steps_and_compile_once(statistics):
+    model, twin = tiny(nn.BatchNorm2d(2)), tiny(nn.BatchNorm2d(2))
+    opt, other = (METHODS["ASAM"](one.parameters(), SGD, lr=0.1, momentum=0.9) for one in (model, twin))
+
+    def step(seed, stance):
+        options = {"num_shards": 4, "statistics": statistics}
+        expected = opt.step(Shards(opt, model, loss_fn, *batch(seed), **options, vectorize=False))
+        with torch.compiler.set_stance(stance):  # a new object each step: what is compiled must not be the object's
+            shards = Shards(
+                other, twin, lambda *outputs: loss_fn(*outputs), *batch(seed), **options, compile="aot_eager"
+            )
+            assert_close(vectorized_step(other, shards), expected)
+        assert_close(states(twin), states(model))
+
+    step(0, "default")
+    for seed in range(1, 5):
+        step(seed, "fail_on_recompile")
+
+
+def test_compiled_passes_with_frozen_and_unreached_tensors_and_another_batch_size():
+    model = nn.ModuleDict({"body": tiny(nn.GroupNorm(1, 2)), "spare": nn.Linear(2, 2)}).double()
+    model.forward = lambda x: model["body"](x)
+    model["body"][0].weight.requires_grad_(False)
+    opt, params = SAM(model.parameters(), SGD, lr=0.1), [w for w in model.parameters() if w.requires_grad]
+    for size in (12, 8):
+        means = []
+        for compiled in (False, "aot_eager"):
+            shards = Shards(opt, model, loss_fn, *batch(size=size), num_shards=4, vectorize=True, compile=compiled)
+            _, grads = shards.gradients_at_w(params)
+            means.append(shards.mean_gradients(params, grads, [0.1, 0.2, 0.3, 0.4]))
+        assert means[1][-1] is None
+        assert_close(*[mean[:-2] for mean in means])
+
+
+def test_what_is_compiled_goes_with_its_model_and_does_not_count_against_others():
+    alive = []
+    with torch._dynamo.config.patch(recompile_limit=1):  # above the limit torch raises
+        for width in (1, 2, 3):
+            model = nn.Sequential(nn.Flatten(), nn.Linear(75, width), nn.Linear(width, 3)).double()
+            opt = SAM(model.parameters(), SGD, lr=0.1)
+            shards = Shards(opt, model, loss_fn, *batch(), num_shards=2, compile="eager")
+            shards.gradients_at_w(list(model.parameters()))
+            alive.append(weakref.ref(model))
+    del model, opt, shards
+    gc.collect()
+    assert not any(one() for one in alive)
+
+
+def test_a_model_that_cannot_be_compiled_whole_is_refused_by_torch():
+    def breaks(outputs, targets):
+        torch._dynamo.graph_break()
+        return loss_fn(outputs, targets)
+
+    model = network("none")
+    shards = Shards(SAM(model.parameters(), SGD, lr=0.1), model, breaks, *batch(), num_shards=2, compile="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
+        shards.gradients_at_w(list(model.parameters()))
+    assert any("vectorize=False" in note for note in caught.value.__notes__)
+
+
 # ------------------------------------------------------------------------------------------------- choice and refusals
 
 
