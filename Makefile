@@ -5,6 +5,7 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules
 
 PROFILE ?= quick
+BENCH ?= runs/bench.json
 VENV ?= .venv
 TORCH ?= $(or $(shell cat $(VENV)/.complete 2>/dev/null),default)
 PY := $(VENV)/bin/python
@@ -62,6 +63,10 @@ check-book: book ## open every page of the built book in headless Chromium: no f
 serve: ## serve the built book on http://127.0.0.1:8000 (from file:// it opens too, but searches titles only)
 	@test -f book/_build/html/index.html || { echo "no book in book/_build/html: run 'make book' first" >&2; exit 2; }
 	@$(PY) -m http.server --bind 127.0.0.1 --directory book/_build/html 8000
+
+.PHONY: bench
+bench: env ## time the optimisers beside SGD and pytorch_optimizer, in 20 minutes (BENCH=runs/bench.json)
+	@$(PY) -m samlib bench --json $(BENCH)
 
 .PHONY: refresh
 refresh: env ## re-execute the stored notebooks from the committed records, and the findings table of README.md

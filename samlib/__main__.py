@@ -1,6 +1,6 @@
-"""The command line: python -m samlib list | run | show | verify | verdicts | compare | export | publish.
+"""The command line: python -m samlib list | run | show | verify | verdicts | compare | export | publish | bench.
 
-Exit codes: 0 fine, 1 a run or a comparison failed, 2 bad input (nothing was written), 3 a verdict flipped,
+Exit codes: 0 fine, 1 a run, a comparison or the bench failed, 2 bad input (nothing was written), 3 a verdict flipped,
 130 interrupted (the same command goes on).
 """
 
@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from samlib import experiments
@@ -39,12 +40,15 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m samlib", description="Runs the study and reads its records.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function, help: str, store: str | None = None) -> argparse.ArgumentParser:
+    def bare_command(name: str, function, help: str) -> argparse.ArgumentParser:
         found = commands.add_parser(name, help=help, description=help)
         found.set_defaults(command=function)
+        return found
+
+    def command(name: str, function, help: str, store: str) -> argparse.ArgumentParser:
+        found = bare_command(name, function, help)
         found.add_argument("--profile", default="quick", help=f"one of {', '.join(experiments.PROFILES)}")
-        if store:
-            found.add_argument("--store", default=store, help="results, runs, or a folder such as ./mine")
+        found.add_argument("--store", default=store, help="results, runs, or a folder such as ./mine")
         return found
 
     listing = command("list", list_experiments, "List the experiments with their runs and claims.", "results")
@@ -65,6 +69,13 @@ def parser() -> argparse.ArgumentParser:
     command("publish", publish_records, "Make a complete run the committed records (for maintainers).", "runs")
     export = command("export", export_tables, "Write the records as CSV with a data dictionary.", "results")
     export.add_argument("folder", type=Path, metavar="FOLDER")
+    bench = bare_command("bench", run_bench, "Time the optimisers beside SGD and pytorch_optimizer (20 minutes).")
+    bench.add_argument("--only", nargs="+", metavar="SECTION", help="only these sections of the table")
+    bench.add_argument("--rounds", type=int, help="in place of 15 to 60, by section")
+    bench.add_argument("--quick", action="store_true", help="a part of it in seconds, to see that it runs")
+    bench.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    bench.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the record as JSON; - is stdout")
+    bench.add_argument("--table", type=Path, metavar="FILE", help="measure nothing: print a record as a Markdown table")
     return top
 
 
@@ -159,6 +170,36 @@ def publish_records(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_bench(options: argparse.Namespace) -> int:
+    from samlib.bench import run, table
+
+    if options.table:
+        print(table.markdown(table.load(options.table)))
+        return 0
+    if options.device == "cuda" and default_device() == "cpu":
+        raise InputError("device = 'cuda': PyTorch sees no GPU here; use --device cpu")
+    chosen = {"rounds": options.rounds, "quick": options.quick}
+    record = run.run(options.device or default_device(), options.only, **chosen, keep=partial(keep_json, options.json))
+    if options.json == "-":
+        print(json.dumps(record, indent=1))
+    else:
+        print(table.text(record))
+    return 0 if record["complete"] else INTERRUPTED if record["interrupted"] else 1
+
+
+def keep_json(path: str | None, record: dict) -> None:
+    """Writes the record so far, unless it is for stdout."""
+    if path in (None, "-"):
+        return
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"json = {path!r} cannot be written: {error.strerror}; name a file in a folder of yours"
+        ) from None
+
+
 # ---------------------------------------------------------------------------------------------- what they share
 
 
@@ -175,6 +216,12 @@ def chosen_specs(profile: str, stems: Sequence[str] | None, keys: Sequence[str])
             raise InputError(f"key = {key!r} is no run of profile {profile}: see `python -m samlib list --keys`")
     parents = [spec.parent for key in keys if isinstance(spec := by_key[key], specs_of.MeasureSpec)]
     return [by_key[key] for key in dict.fromkeys([*parents, *keys])]
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def require_device(profile: str, device: str | None) -> None:

@@ -1,0 +1,181 @@
+"""What is measured: cases, each a network with variants to compare, and the goals. Data only; loads no torch.
+
+Two kinds of case are timed. A *step* is everything a training loop does for one batch: forward, backward, zero_grad,
+optimiser. *Bookkeeping* is what SAM adds to its two forward-backwards: `first_step`, `second_step` and a `zero_grad`
+after each, hence norm, copy, ascent, restore, the base optimiser's step and clearing the gradients. Forward, backward
+and the placement of prepared gradients in between are not timed. A gradient is placed as autograd would do it: a new
+tensor where `.grad` is None, otherwise added to the one there. An implementation that gathers gradients into a buffer
+pays for that here; one that keeps them bound to its buffer does not, but pays for the addition in its steps.
+
+No variant treats batch norm: running statistics are updated in both passes, by everyone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from samlib.errors import InputError
+
+SGD, FUSED_SGD, FLOOR = "SGD", "SGD fused", "2 x forward-backward"
+PLAIN = "plain two-step SAM"
+PEER, FAIR_PEER = "pytorch_optimizer foreach", "pytorch_optimizer foreach, fused SGD"
+FOREACH, FLAT = "SAM foreach", "SAM flat"
+OURS = FLAT  # the backend that the goals are for
+AGAIN = f"{OURS}, again"  # the same code twice: its distance from 1 is what the bench cannot resolve
+SHARDS = (4, 8, 16)
+
+COMPILED = ", model compiled"  # suffix of a variant whose model goes through torch.compile; the optimiser does not
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """variant / reference, at most `goal` where there is one."""
+
+    variant: str
+    reference: str
+    goal: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What one process measures.
+
+    Attributes:
+        kind: "step", "bookkeeping" or "precision", whose rows are those of `precision.rows`.
+        clock: what the ratio is of, on a CPU: "cpu", the process's time on all its threads, or "wall". On a GPU it is
+            the time between two events.
+        processes: fresh processes, since memory addresses alone move a convolution by up to 8 %.
+    """
+
+    section: str
+    network: str
+    batch: int
+    comparisons: tuple[Comparison, ...]
+    rounds: int
+    processes: int = 3
+    threads: int = 1
+    kind: str = "step"
+    clock: str = "cpu"
+
+    @property
+    def timed(self) -> list[str]:
+        """The variants that occur in a comparison, each once."""
+        return list(dict.fromkeys(name for one in self.comparisons for name in (one.variant, one.reference)))
+
+
+def msam(num_shards: int, way: str = "") -> str:
+    """Name of our mSAM; without `way`, "sequential" or "vmap" is chosen by shape."""
+    return f"mSAM, {num_shards} shards{way and ', '}{way}"
+
+
+STEP = (
+    Comparison(OURS, FLOOR, 1.05),
+    Comparison(OURS, SGD, 1.55),
+    Comparison(OURS, FAIR_PEER, 0.70),
+    Comparison(OURS, PEER, 0.70),
+    Comparison(OURS, PLAIN),
+    Comparison(AGAIN, OURS),
+    Comparison(FOREACH, FLOOR),
+    Comparison(FOREACH, FAIR_PEER),
+    Comparison(SGD, FLOOR),
+    Comparison(FUSED_SGD, FLOOR),
+    Comparison(PLAIN, FLOOR),
+    Comparison(PEER, FLOOR),
+    Comparison(FAIR_PEER, FLOOR),
+)
+COMPILED_STEP = (
+    Comparison(OURS + COMPILED, SGD, 1.30),
+    Comparison(OURS + COMPILED, SGD + COMPILED),
+    Comparison(OURS + COMPILED, FLOOR + COMPILED),
+    Comparison(OURS + COMPILED, OURS),
+)
+CONV_STEP = tuple(replace(one, goal=None) for one in STEP)
+BOOKKEEPING = (
+    Comparison(OURS, FAIR_PEER, 0.45),
+    Comparison(OURS, PEER, 0.45),
+    Comparison(OURS, PLAIN),
+    Comparison(AGAIN, OURS),
+    Comparison(FOREACH, FAIR_PEER),
+    Comparison(FOREACH, PLAIN),
+    Comparison(FAIR_PEER, PLAIN),
+    Comparison(PEER, PLAIN),
+)
+MSAM = (
+    Comparison(msam(4), OURS, 1.10),
+    Comparison(msam(8), OURS, 1.5),
+    Comparison(msam(16), OURS, 1.5),
+    *(Comparison(msam(shards, way), OURS) for shards in SHARDS for way in ("sequential", "vmap")),
+)
+MSAM_COMPILED = (
+    Comparison(msam(16, "vmap compiled"), OURS, 1.15),
+    Comparison(msam(16, "vmap compiled"), OURS + COMPILED),
+    Comparison(OURS + COMPILED, OURS),
+)
+
+
+BOOKKEEPING_NETWORKS = ("ResNet-20", "MobileNetV2", "ResNet-18", "WRN-28-10", "MLP-404")
+PRECISION_NETWORKS = ("small CNN", "MLP", "ResNet-20", "ResNet-18")
+
+
+def sections(device: str) -> dict[str, list[Case]]:
+    """The cases by section, in the order in which they run."""
+    gpu = device == "cuda"
+    convolutions = [
+        ("ResNet-20", 128),
+        *([("MobileNetV2", 128), ("ResNet-18", 128), ("WRN-28-10", 128)] if gpu else []),
+    ]
+    if not gpu:
+        convolutions.append(("MobileNetV2", 8))
+    found = {
+        "mlp": [Case("mlp", "MLP-404", 16, STEP, rounds=60)],
+        "mlp-compiled": [Case("mlp-compiled", "MLP-404", 16, COMPILED_STEP, rounds=60, processes=1)],
+        "bookkeeping": [_bookkeeping(network) for network in BOOKKEEPING_NETWORKS],
+        "conv": [Case("conv", network, batch, CONV_STEP, rounds=15, threads=2) for network, batch in convolutions],
+        "msam": [Case("msam", "ResNet-20", 128, MSAM, rounds=15, threads=2, clock="wall")],
+        "msam-compiled": [Case("msam-compiled", "ResNet-20", 128, MSAM_COMPILED, rounds=15, threads=2, clock="wall")],
+    }
+    if not gpu:
+        found["precision"] = [
+            Case("precision", network, 0, (), rounds=1, processes=1, kind="precision") for network in PRECISION_NETWORKS
+        ]
+    return found
+
+
+def _bookkeeping(network: str) -> Case:
+    comparisons = BOOKKEEPING
+    if network == "MLP-404":  # the issue sets goals for the four others
+        comparisons = tuple(replace(one, goal=None) for one in comparisons)
+    return Case("bookkeeping", network, 0, comparisons, rounds=41, processes=1, kind="bookkeeping")
+
+
+def cases(
+    device: str, only: Sequence[str] | None = None, *, rounds: int | None = None, quick: bool = False
+) -> list[Case]:
+    """The cases of some sections.
+
+    Args:
+        device: "cpu" or "cuda".
+        only: sections; all of them for None.
+        rounds: in place of each case's own number.
+        quick: one small network a section, two rounds, one process, nothing compiled: to see that it runs.
+
+    Raises:
+        InputError: an unknown section or device, or no rounds.
+    """
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device = {device!r} is unknown: use cpu or cuda")
+    known = sections(device)
+    for name in only or ():
+        if name not in known:
+            raise InputError(f"section = {name!r} is unknown: use one of {', '.join(known)}")
+    if rounds is not None and rounds < 2:
+        raise InputError(f"rounds = {rounds}: an interval needs 2 or more")
+    chosen = [case for name in only or known for case in known[name]]
+    if quick:
+        first = {case.section: case for case in reversed(chosen) if not case.section.endswith("-compiled")}
+        chosen = [_quick(case) for case in reversed(first.values())]
+    return [replace(case, rounds=rounds or case.rounds) for case in chosen]
+
+
+def _quick(case: Case) -> Case:
+    comparisons = case.comparisons if case.section == "mlp" else case.comparisons[:1]
+    return replace(case, batch=min(case.batch, 4), comparisons=comparisons, rounds=2, processes=1, threads=1)

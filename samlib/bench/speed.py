@@ -1,0 +1,111 @@
+"""One process of the bench: `python -m samlib.bench.speed ORDER`, where ORDER is JSON and names the file to write.
+
+`run` starts it, with the environment that has to be there before torch is loaded.
+"""
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from samlib.bench import plan, precision, protocol, variants
+from samlib.bench.protocol import NotEqualError, Times, difference, paired_ratio, require_equal, time_rounds
+from samlib.provenance import environment
+
+CHECK_BATCH = 16  # examples at most in the check of equality: one in each of 16 shards
+
+
+def main(order: Mapping[str, Any]) -> int:
+    """Measures some cases and writes what came of it, also after an interrupt.
+
+    Args:
+        order: `options`, the arguments of `plan.cases`; `indices` into its list; `process`, the number of this process
+            and the seed of its random order; `out`, the file to write.
+    """
+    cases = plan.cases(**order["options"])
+    device = torch.device(order["options"]["device"])
+    setting = {**environment(device.type), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+    found = {"rows": [], "equality": [], "precision": [], "error": None, "environment": setting}
+    try:
+        for index in order["indices"]:
+            measure(cases[index], device, order["process"], found)
+    except KeyboardInterrupt:
+        pass
+    except NotEqualError as error:
+        found["error"] = str(error)
+    Path(order["out"]).write_text(json.dumps(found))
+    return 0
+
+
+def measure(case: plan.Case, device: torch.device, process: int, found: dict[str, list]) -> None:
+    """Equality, then times; appends to `found` as it goes.
+
+    Raises:
+        NotEqualError: a variant does not make the update it should.
+        KeyboardInterrupt: not all rounds were run.
+    """
+    torch.set_num_threads(case.threads)
+    if case.kind == "precision":
+        found["precision"] += precision.rows((case.network,))
+        return
+    progress = partial(tqdm, desc=f"{case.section}, {case.network}", leave=False)
+    found["equality"] += checks(case, device, progress)
+    block = variants.BLOCK if device.type == "cuda" and case.kind == "step" else 1
+    built = {name: variants.build(name, case, device, torch.float32, block) for name in case.timed}
+    times = time_rounds(built, case.rounds, seed=process, progress=progress)
+    done = len(times[case.timed[0]])
+    if done > 1:
+        found["rows"] += rows(case, times, device)
+    if done < case.rounds:
+        raise KeyboardInterrupt
+
+
+def checks(case: plan.Case, device: torch.device, progress: Callable) -> list[dict[str, Any]]:
+    """Two steps in float64 of every variant beside those of the one it must equal; baselines equal themselves."""
+    small = replace(case, batch=min(case.batch, CHECK_BATCH))
+    update = cache(lambda name: protocol.update(variants.build(name, small, device, torch.float64)))
+    return [check(name, case, update) for name in progress(case.timed) if variants.VARIANTS[name].like != name]
+
+
+def check(name: str, case: plan.Case, update: Callable[[str], Tensor]) -> dict[str, Any]:
+    like, tolerance = variants.VARIANTS[name].like, variants.VARIANTS[name].tolerance
+    found = difference(update(name), update(like) if like else None)
+    require_equal(f"{case.section}, {case.network}, {name}", found, tolerance)
+    where = {"section": case.section, "network": case.network, "variant": name}
+    return {**where, "like": like, "difference": found, "tolerance": tolerance}
+
+
+def rows(case: plan.Case, times: Mapping[str, Sequence[Times]], device: torch.device) -> Iterator[dict[str, Any]]:
+    """A row for each comparison of a case, as this process saw it."""
+    clock = "cuda" if device.type == "cuda" else case.clock
+    wall = {name: [one.wall for one in series] for name, series in times.items()}
+    chosen = wall if clock == "wall" else {name: [one.device for one in series] for name, series in times.items()}
+    for one in case.comparisons:
+        yield {
+            "section": case.section,
+            "network": case.network,
+            "batch": case.batch or None,
+            "variant": one.variant,
+            "reference": one.reference,
+            "clock": clock,
+            **paired_ratio(chosen[one.variant], chosen[one.reference])._asdict(),
+            "wall_ratio": paired_ratio(wall[one.variant], wall[one.reference]).ratio,
+            "ms": 1000 * statistics.median(chosen[one.variant]),
+            "reference_ms": 1000 * statistics.median(chosen[one.reference]),
+            "rounds": len(wall[one.variant]),
+            "threads": case.threads,
+            "goal": one.goal,
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))

@@ -1,0 +1,98 @@
+"""The record as text: a table for the terminal, and Markdown for the docs."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from samlib.errors import InputError
+
+HEADINGS = ("section", "network", "variant / reference", "ratio", "95 % interval", "wall", "ms / ms", "rounds", "goal")
+Table = list[Sequence[str]]  # the headings, then the rows
+NUMBERS = 3  # headings from here on are numbers, set flush right
+MET = {True: "met", False: "missed", None: ""}
+
+
+def text(record: dict[str, Any]) -> str:
+    """Aligned columns, for a terminal."""
+    return "\n".join([*_each_table(record, _aligned), *notes(record)])
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Markdown tables with the machine below them."""
+    return "\n".join([*_each_table(record, _piped), *notes(record)])
+
+
+def _each_table(record: dict[str, Any], draw: Callable[[Table], list[str]]) -> list[str]:
+    """The speeds and, where it was asked for, the precision; a blank line after each."""
+    tables = [[HEADINGS, *map(_cells, record["rows"])]] if record["rows"] else []
+    if record["precision"]:
+        names = list(record["precision"][0])
+        rows = [[_cell(row[name]) for name in names] for row in record["precision"]]
+        tables.append([[name.replace("_", " ") for name in names], *rows])
+    return [line for one in tables for line in (*draw(one), "")]
+
+
+def _aligned(lines: Table) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(_justified, range(len(widths)), line, widths)).rstrip() for line in lines]
+
+
+def _justified(at: int, cell: str, width: int) -> str:
+    return cell.ljust(width) if at < NUMBERS else cell.rjust(width)
+
+
+def _piped(lines: Table) -> list[str]:
+    rule = ["---" if at < NUMBERS else "---:" for at in range(len(lines[0]))]
+    return [f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])]
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def notes(record: dict[str, Any]) -> list[str]:
+    """Where and how the numbers came about, one sentence a line."""
+    env = record["environment"]
+    load = record["load"] or [float("nan")]
+    threads = " and ".join(map(str, sorted({row["threads"] for row in record["rows"]}))) or "as set"
+    changes = " with changes" if env.get("dirty") else ""
+    lines = [
+        f"{env.get('device', 'no process finished')}, {record['cores']} cores, load {min(load)} to {max(load)}; threads "
+        f"{threads}; PyTorch {env.get('torch')}, pytorch_optimizer {record['pytorch_optimizer']}, Python "
+        f"{env.get('python')}; commit {str(env.get('commit'))[:12]}{changes}; {record['started'][:10]}, "
+        f"{record['seconds']:.0f} s.",
+        f"Equality in float64: {len(record['equality'])} checks, all within their tolerance.",
+    ]
+    if record["error"]:
+        lines[1] = f"Stopped: {record['error']}."
+    return [*lines, *([] if record["complete"] else ["Not complete: some processes did not run to their end."])]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a record.
+
+    Raises:
+        InputError: there is none in this file.
+    """
+    try:
+        record = json.loads(path.read_text())
+        if record["schema"] == 1 and isinstance(record["rows"], list):
+            return record
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"table = {str(path)!r} holds no record of the bench: write one with `samlib bench --json {path}`")
+
+
+def _cells(row: dict[str, Any]) -> Sequence[str]:
+    return (
+        row["section"],
+        row["network"] + (f", batch {row['batch']}" if row["batch"] else ""),
+        f"{row['variant']} / {row['reference']}",
+        f"{row['ratio']:.3f}",
+        f"{row['low']:.3f} to {row['high']:.3f}",
+        f"{row['wall_ratio']:.3f}",
+        f"{row['ms']:.3g} / {row['reference_ms']:.3g}",
+        f"{row['rounds']} in {len(row['processes'])}",
+        "" if row["goal"] is None else f"{row['goal']:.2f} {MET[row['met']]}",
+    )
