@@ -153,14 +153,15 @@ class SAM(Optimizer):
 
     @classmethod
     def around(cls, base_optimizer: Optimizer, *arguments: Any, **settings: Any) -> Self:
-        """Wraps an optimiser that has been at work, or that of another of these classes, and goes on with its momentum, its
-        groups and its schedulers: for a hybrid that changes its method at some step.
+        """Wraps an optimiser that has been at work, or that of another of these classes, and goes on with its momentum,
+        its groups and its schedulers: for a hybrid that changes its method at some step.
 
         ::
 
             sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-            ...                                          # the first half of training
-            opt = SAM.around(sgd, rho=0.05)              # then SAM; ASAM.around(opt.base_optimizer, 0.5) would follow it
+            ...                                             # the first half of training
+            opt = SAM.around(sgd, rho=0.05)                 # then SAM
+            opt = ASAM.around(opt.base_optimizer, rho=0.5)  # and so on
 
         Args:
             base_optimizer: an optimiser of torch, not to be stepped by itself any more.
@@ -169,7 +170,9 @@ class SAM(Optimizer):
         Raises:
             InputError: as the class.
         """
-        groups = [{**group} for group in base_optimizer.param_groups]
+        groups = [
+            {name: value for name, value in group.items() if name != "rho"} for group in base_optimizer.param_groups
+        ]
         opt = cls(groups, lambda _: base_optimizer, *arguments, **settings)
         for group in opt.param_groups:
             group["rho"] = opt.defaults["rho"]
@@ -455,8 +458,9 @@ class SAM(Optimizer):
         _multiply_(grads, scale)
         if not self._is_finite(norm):
             return False
-        # a norm too small to invert belongs to gradients of 0, to be divided by anything else
-        divisor = norm.clamp(min=torch.finfo(norm.dtype).tiny) if self.normalize else torch.ones_like(norm)
+        # A norm too small to invert belongs to gradients of 0, which anything else divides. A norm that is NaN would
+        # divide the gaps of a flat buffer, which stay 0, too.
+        divisor = torch.fmax(norm, self._now.tiny[norm.dtype]) if self.normalize else torch.ones_like(norm)
         if self.norm_eps:
             divisor = divisor + self.norm_eps
         add_quotient_(weights, grads, divisor, rho)
@@ -538,7 +542,7 @@ class SAM(Optimizer):
         if scaler is not None:
             scaler.unscale_(base)  # takes note of an inf, for scaler.update()
         grads = _dense([w.grad for w in self._tensors() if w.grad is not None])
-        found_inf = _found_inf([*grads, *self._now.norms], self._device())
+        found_inf = _found_inf([*grads, *self._now.norms], self._now.one)
         if not self._waits():
             self._step_or_skip_on_device(base, found_inf)
         elif ascent_was_finite and not found_inf:
@@ -587,6 +591,12 @@ class SAM(Optimizer):
         """Settles what a step works on: the parameters or, with `flat`, the buffers that hold them."""
         if torch.compiler.is_compiling() and self._layout is not None:
             return
+        if self._now.one is None or self._now.one.device != self._device():
+            self._now.one = torch.ones((), device=self._device())
+            self._now.tiny = {
+                dtype: torch.tensor(torch.finfo(dtype).tiny, dtype=dtype, device=self._device())
+                for dtype in (torch.float32, torch.float64)
+            }
         groups = [(id(group), len(group["params"])) for group in self.param_groups]
         if self._layout is None or self._layout.groups != groups:
             self._layout = _Layout.of(groups, self._parameters())
@@ -899,7 +909,7 @@ def perturbation(
 
 def scales(weights: Sequence[Tensor], eta: float, scale_filter: TensorFilter | None = None) -> list[Tensor | None]:
     """ASAM's T as a list of diagonals: |w| + eta, or None, for 1, where `scale_filter` declines the tensor."""
-    return [w.to(_wide_dtype(w)).abs() + eta if scale_filter is None or scale_filter(w) else None for w in weights]
+    return [w.to(_wide_dtype(w)).abs().add_(eta) if scale_filter is None or scale_filter(w) else None for w in weights]
 
 
 def dual_vector(
@@ -1007,9 +1017,9 @@ def _by_radius(rho: Sequence[Radius]) -> list[tuple[Radius, Sequence[int]]]:
     return [(radii[name], indices[name]) for name in radii]
 
 
-def _found_inf(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """1.0 if an entry is not finite, else 0.0, as GradScaler keeps it; one pass, and no other temporaries."""
-    found, one = torch.zeros((), device=device), torch.ones((), device=device)
+def _found_inf(tensors: Sequence[Tensor], one: Tensor) -> Tensor:
+    """1.0 if an entry is not finite, else 0.0, as GradScaler keeps it; in one pass without temporaries."""
+    found = torch.zeros_like(one)
     for dtype in {tensor.dtype for tensor in tensors}:
         alike = [tensor for tensor in tensors if tensor.dtype == dtype]
         torch._amp_foreach_non_finite_check_and_unscale_(alike, found, one)
@@ -1058,6 +1068,8 @@ class _Now:
     saved: _Saved | None = None  # while the weights are perturbed
     first_step_was_finite: bool | None = None  # between first_step and second_step
     norms: list[Tensor] = field(default_factory=list)  # of this step's ascents, as far as they were not read
+    one: Tensor | None = None  # constants on the device
+    tiny: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
 
 class _Layout(NamedTuple):

@@ -1363,3 +1363,41 @@ def test_the_two_steps_are_refused_out_of_order():
         opt.step(quadratic(opt, w))
     opt.second_step()
     opt.step(quadratic(opt, w))
+
+
+# ------------------------------------------------------------------------------------------------------------- hybrids
+
+
+def test_a_hybrid_goes_on_with_the_momentum_of_what_came_before():
+    model, reference = network(), network()
+    settings_ = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    sgd = SGD(model.parameters(), **settings_)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.9)
+    one = SAM(reference.parameters(), SGD, rho=0.0, **settings_)
+    opt = sgd
+    for step, rho in enumerate([0.0, 0.0, 0.1, 0.1, 0.1, 0.2, 0.2, 0.0]):
+        if step == 2:
+            opt = SAM.around(sgd, rho=0.1)
+        if step == 5:
+            opt = SAM.around(opt.base_optimizer, 0.2)
+        if step == 7:
+            opt = opt.base_optimizer  # plain SGD again
+        one.param_groups[0].update(rho=rho, lr=0.1 * 0.9**step)
+        train(opt, model, 1, step)
+        train(one, reference, 1, step)
+        schedule.step()
+    assert_close(list(model.parameters()), list(reference.parameters()))
+
+
+def test_a_wrapped_optimiser_keeps_its_groups_and_takes_the_radius_given_last():
+    w, v = parameter(1.0, 1.0), parameter(2.0)
+    sgd = SGD([{"params": [w]}, {"params": [v], "lr": 0.5}], lr=0.1)
+    opt = ASAM.around(sgd, eta=0.0)
+    assert [group["rho"] for group in opt.param_groups] == [0.5, 0.5]
+    assert [group["lr"] for group in opt.param_groups] == [0.1, 0.5]
+    assert opt.adaptive
+    assert opt.eta == 0
+    assert opt.base_optimizer is sgd
+    assert [group["rho"] for group in SAM.around(sgd, rho=0.2).param_groups] == [0.2, 0.2]
+    with pytest.raises(InputError, match="rho value"):
+        SAM.around(sgd, rho=-1)
