@@ -64,9 +64,9 @@ def examples(seed=0, size=12, dtype=torch.float64):
     return inputs, torch.randint(3, (size,), generator=generator)
 
 
-def closure_of(opt, model, inputs, labels, statistics="frozen"):
+def closure_of(opt, model, inputs, labels, statistics="frozen", set_to_none=True):
     def closure():
-        opt.zero_grad()
+        opt.zero_grad(set_to_none)
         with second_pass(model, statistics) if getattr(opt, "in_second_pass", False) else nullcontext():
             loss = nn.functional.cross_entropy(model(inputs), labels)
         if not getattr(opt, "second_order", False):
@@ -685,6 +685,17 @@ def test_channels_last_weights_give_the_same_training_and_stay_channels_last(var
             opt.step(closures)
     assert [w.stride() for w in models[1].parameters()] == strides
     assert_close(models[1].state_dict(), models[0].state_dict(), 1e-9)
+
+
+@cases(VARIANTS)
+def test_gradients_set_to_zero_or_to_none_give_the_same_training(variant, backend):
+    cls, how, num_shards = variant
+    models = [network(), network()]
+    for model, set_to_none in zip(models, (True, False), strict=True):
+        opt = cls(model.parameters(), SGD, rho=0.3, **MOMENTUM, **how, **backend)
+        for step in range(4):
+            opt.step(shards_of(opt, model, examples(step), num_shards, set_to_none=set_to_none))
+    assert_same(models[0].state_dict(), models[1].state_dict())
 
 
 @cases(VARIANTS)
