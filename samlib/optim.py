@@ -112,6 +112,8 @@ class SAM(Optimizer):
         loss = opt.step(closure)
     """
 
+    _has_ascent = True
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -201,7 +203,7 @@ class SAM(Optimizer):
                 own ascent, and the base optimiser gets the mean of the shards' gradients. A list of one is SAM, bit
                 for bit.
             weights: of the shards in that mean: positive numbers, for example shard sizes, which are divided by their
-                sum. Default equal.
+                sum. Default equal, or those of a `samlib.shards.Shards`.
             ascent_closure: gives the ascent its own data. There is then one ascent, shared by all shards.
             scaler: closures call `scaler.scale(loss).backward()` and return the unscaled loss; both passes are unscaled
                 here, and the caller calls `scaler.update()` after the step. Where a gradient is not finite on either
@@ -221,18 +223,21 @@ class SAM(Optimizer):
             RuntimeError: called between `first_step` and `second_step`.
         """
         closures = _closure_list(closure)
-        shares = _shares(weights, len(closures))
+        shares = _shares(getattr(closure, "weights", None) if weights is None else weights, len(closures))
         self._check_step_options(ascent_closure, scaler, no_sync)
         if self._now.first_step_was_finite is not None:
             raise RuntimeError("step() was called between first_step() and second_step()")
         self._prepare()
         passes = [partial(self._evaluate, one) for one in closures]
         shard = partial(self._shard, scaler=scaler, no_sync=no_sync, replay_rng=replay_rng)
+        at_once = getattr(closure, "vectorized", False) and self._has_ascent
         try:
             if not self._ascends():
                 loss = self._mean(passes, shares)
             elif ascent_closure is not None:
                 loss = shard(ascent_closure, partial(self._mean, passes, shares))
+            elif at_once and scaler is None and no_sync is None and not replay_rng:
+                loss = self._all_at_once(closure, shares)
             else:
                 loss = self._mean([partial(shard, *pair) for pair in zip(closures, passes, strict=True)], shares)
         except _NotFiniteError as stopped:
@@ -424,6 +429,27 @@ class SAM(Optimizer):
             # then all of them skip the step.
             with nullcontext() if finite else _poisoned(next(iter(self.unperturbed()))):
                 descent()
+        return loss
+
+    def _all_at_once(self, shards: Any, shares: Sequence[float]) -> Tensor:
+        """Both passes of a `samlib.shards.Shards` for all shards together, each with its own eps in between. Leaves the
+        mean of the gradients, returns that of the losses at w."""
+        trained = [member.tensor for member in self._layout.parameters if member.tensor.requires_grad]
+        losses, grads = shards.gradients_at_w(trained)
+        loss = (losses * losses.new_tensor(shares)).sum()
+        weights, rho = map(list, zip(*self._perturbable(self._layout.parameters), strict=True))
+        scale, of = self._scales(weights), dict(zip(trained, grads, strict=True))
+        eps = []
+        for gradient in zip(*(of[w] for w in weights), strict=True):
+            u, norm = self._direction(weights, gradient, scale)
+            if not self._is_finite(norm):
+                raise _NotFiniteError(loss)
+            eps.append(stretch(u, scale, rho))
+        of_all = {w: torch.stack(each) for w, each in zip(weights, zip(*eps, strict=True), strict=True)}
+        means = shards.mean_gradients(trained, [of_all.get(w) for w in trained], shares)
+        for w, mean in zip(trained, means, strict=True):
+            w.grad = mean
+        self._gather()
         return loss
 
     def _climb(self, later_pass: Pass | None = None, unscale: Tensor | None = None) -> bool:
@@ -835,6 +861,8 @@ class AverageSAM(SAM):
         with self._kept(self._targets(self._layout.members)):
             self._climb()
             return descent()
+
+    _has_ascent = False
 
     @property
     def _climbs_in_place(self) -> bool:
