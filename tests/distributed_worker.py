@@ -65,6 +65,7 @@ LOCAL, VIEWS = {"local": True}, {"ddp": {"gradient_as_bucket_view": True}}
 AVERAGE = {"optimizer": AverageSAM}
 BRANCHES = {"branches": True, "ddp": {"find_unused_parameters": True}}
 INNER = {"settings": {"inner_steps": 2}}
+FLAT = {"settings": {"flat": True}}
 HALF_TIME = {"local": True, "batch_norm": True, "settings": {"ascent_every": 2}}
 
 CASES = {
@@ -103,6 +104,11 @@ CASES = {
     # no ascent
     "AverageSAM": Case(**AVERAGE),
     "AverageSAM, different seeds": Case(**AVERAGE, seeds_differ=True),
+    # contiguous buffers
+    "shared flat": Case(**FLAT),
+    "local flat": Case(**LOCAL, **FLAT),
+    "local flat, list of closures": Case(**LOCAL, **FLAT, shards=2),
+    "local flat, bucket views, zeroed in place": Case(**LOCAL, **FLAT, **VIEWS, set_to_none=False),
     # a gradient that is not finite, on one rank
     "fault in the shared ascent": Case(fault=Fault(pass_=0)),
     "fault in the shared ascent of the second shard": Case(shards=2, fault=Fault(pass_=0, shard=1)),
@@ -113,6 +119,7 @@ CASES = {
     "fault in the local second inner step": Case(**LOCAL, **INNER, fault=Fault(pass_=1)),
     "fault in the local descent": Case(**LOCAL, fault=Fault(pass_=1)),
     "fault in the local ascent, two-step": Case(**LOCAL, two_step=True, fault=Fault(pass_=0)),
+    "fault in the local ascent, flat": Case(**LOCAL, **FLAT, fault=Fault(pass_=0)),
     "fault in AverageSAM": Case(**AVERAGE, seeds_differ=True, fault=Fault(pass_=0)),
     "scaler": Case(scaler=True),
     "scaler, local": Case(**LOCAL, scaler=True),
@@ -122,6 +129,7 @@ CASES = {
     # saved and loaded half-way
     "local, half of the ascents": Case(**HALF_TIME),
     "local, half of the ascents, reloaded": Case(**HALF_TIME, reload="rank 0"),
+    "local flat, reloaded": Case(**LOCAL, **FLAT, reload="rank 0"),
     "AverageSAM, reloaded": Case(**AVERAGE, reload="rank 0"),
     "AverageSAM, different seeds, reloaded": Case(**AVERAGE, seeds_differ=True, reload="every rank"),
 }
@@ -244,6 +252,7 @@ class Trainer:
             "buffers": list(self.ddp.module.buffers()),
             "skipped": int(self.opt.skipped_steps),
             "scale": self.scaler.get_scale() if self.scaler else None,
+            "flat": self.opt.flat,
             "losses": self.losses,
         }
 

@@ -266,6 +266,12 @@ def test_the_scale_falls_on_all_ranks_if_one_meets_an_inf(world, name):
 
 
 @both_world_sizes
+@cases(lambda case: case.settings.get("flat"))
+def test_flat_buffers_stay_in_use(world, name):
+    assert all(outcome["flat"] for outcome in outcomes(name, world))
+
+
+@both_world_sizes
 @cases(lambda case: case.reload)
 def test_a_run_that_was_saved_and_loaded_ends_as_the_uninterrupted_one_bit_for_bit(world, name):
     uninterrupted = outcomes(name.removesuffix(", reloaded"), world)
