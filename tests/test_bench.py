@@ -314,6 +314,15 @@ def test_all_variants_start_from_the_same_weights_and_see_the_same_batches():
     assert not torch.equal(seen[0], seen[1])
 
 
+@pytest.mark.parametrize("case", [STEP_CASE, BOOKKEEPING_CASE], ids=["step", "bookkeeping"])
+def test_what_is_called_flat_is_flat(case):
+    """The optimiser falls back by itself where it must; here it must not."""
+    for name, storages in ((plan.FLAT, 1), (plan.AGAIN, 1), (plan.FOREACH, None)):
+        built = variants.build(name, case, CPU, torch.float32)
+        protocol.update(built)
+        assert len({p.untyped_storage().data_ptr() for p in built.params}) == (storages or len(built.params))
+
+
 def test_on_a_gpu_a_reading_is_of_a_block_of_steps():
     built = variants.build(plan.SGD, STEP_CASE, CPU, torch.float64, block=3)
     once = variants.build(plan.SGD, STEP_CASE, CPU, torch.float64)
