@@ -20,13 +20,21 @@ rho = 0, or between two ascents      each closure once, at w: the base optimiser
 Inside a closure `opt.at_perturbed_point` says whether the weights are perturbed, and `opt.in_second_pass` whether this
 is a further pass after one at w. They differ for AverageSAM, whose only pass is perturbed. The second is what batch
 norm has to know (`samlib.batchnorm.second_pass`).
+
+Speed. On a GPU a step waits for the device once or twice, to learn whether the gradients are finite; with
+`fused=True` for the base optimiser it never does. `SAM(flat=True)` makes the number of operations independent of the
+number of tensors, `samlib.shards.Shards` runs the shards of mSAM side by side. `lr` and `rho` may be tensors without
+axes on the device, which schedulers change in place: then a whole step can be captured in one `torch.cuda.CUDAGraph`,
+after two or more steps of warm-up, with a fused base optimiser, `ascent_every=1` and without `second_order`.
+`torch.compile(opt.first_step, fullgraph=True)` and the same of `second_step` work from the second step on (with `flat`,
+clear gradients by `zero_grad(set_to_none=False)`; hooks of the base optimiser are not called).
 """
 
 import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -60,7 +68,8 @@ class SAM(Optimizer):
     The weights are restored from a copy, bit for bit, also when a closure raises. A zero gradient gives a zero
     perturbation; a tensor whose gradient is None in the first pass is not perturbed. If the norm of an ascent gradient
     or an entry of the descent's is not finite, the weights stay at w, neither the closures that remain nor the base
-    optimiser are called, and `skipped_steps` grows by one.
+    optimiser are called, and `skipped_steps` grows by one. On a GPU with a fused base optimiser nobody waits to know:
+    the remaining closures are called, at weights that are not finite either, and the optimiser's kernel skips.
 
     Args:
         params: parameters, named parameters or groups, as for every torch optimiser; dense, real, on one device. A
@@ -77,11 +86,11 @@ class SAM(Optimizer):
             keeps one more copy of the weights during the ascent.
         ascent_every: perturb in the first of every so many steps; the others are steps of the base optimiser.
         second_order: differentiate through eps as well, for the exact gradient of L(w + eps(w)); p at most 2, or inf.
-            The closure then returns the loss and does not call backward. Not for DistributedDataParallel, whose
-            reducer does not see the extra term.
+            The closure then returns the loss and does not call backward. Refused for DistributedDataParallel,
+            whose reducer does not see the extra term.
         perturb_filter: f(tensor) -> bool, which tensors are perturbed and enter the norm; default all.
-        scale_filter: f(tensor) -> bool, which tensors ASAM scales, with T = 1 for the others; default all. Both filters
-            are asked once per tensor.
+        scale_filter: f(tensor) -> bool, which tensors ASAM scales, with T = 1 for the others; default all. Filters are
+            asked when the optimiser is made or its groups change, not at every step.
         norm_eps: added to the norm, >= 0.
         flat: keep weights, gradients and the state of an elementwise base optimiser (SGD, Adam, ...) in contiguous
             buffers (`samlib.flat`): the same step with a number of operations that does not grow with the number of
@@ -228,6 +237,7 @@ class SAM(Optimizer):
         if self._now.first_step_was_finite is not None:
             raise RuntimeError("step() was called between first_step() and second_step()")
         self._prepare()
+        self._now.norms.clear()
         passes = [partial(self._evaluate, one) for one in closures]
         shard = partial(self._shard, scaler=scaler, no_sync=no_sync, replay_rng=replay_rng)
         at_once = getattr(closure, "vectorized", False) and self._has_ascent
@@ -273,8 +283,11 @@ class SAM(Optimizer):
         self._gather()
         finite = True
         if self._ascends():
+            self._now.norms.clear()
             self._save(self._targets(self._layout.members))
             finite = self._climb()
+            if not finite:  # as in `step`: if processes average the gradients that come, all of them shall skip
+                self._now.poison = _poison(self.unperturbed())
         self._now.first_step_was_finite = finite
         if zero_grad:
             self.zero_grad()
@@ -288,6 +301,9 @@ class SAM(Optimizer):
         """
         if self._now.first_step_was_finite is None:
             raise RuntimeError("second_step() was called without first_step()")
+        if self._now.poison is not None:
+            self._now.poison.close()
+            self._now.poison = None
         self._gather()
         self._restore()
         self._finish(self._now.first_step_was_finite, None)
@@ -427,7 +443,7 @@ class SAM(Optimizer):
             rewind()
             # The other processes wait in the descent's average, so this one takes part in it, with a gradient of NaN:
             # then all of them skip the step.
-            with nullcontext() if finite else _poisoned(next(iter(self.unperturbed()))):
+            with nullcontext() if finite else _poison(self.unperturbed()):
                 descent()
         return loss
 
@@ -508,7 +524,8 @@ class SAM(Optimizer):
         pairs = self._perturbable(self._layout.members)
         weights, rho = map(list, zip(*pairs, strict=True))
         with torch.enable_grad():
-            loss = _loss_of(ascent)
+            with _without_ddp() if _is_distributed() else nullcontext():
+                loss = _loss_of(ascent)
             grads = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
             scale = self._scales(weights)
             u, norm = self._direction(weights, grads, scale)
@@ -979,7 +996,8 @@ def add_quotient_(weights: Sequence[Tensor], grads: Sequence[Tensor], divisor: T
     for radius, chosen in _by_radius(rho):
         w, g = [weights[index] for index in chosen], [grads[index] for index in chosen]
         if divisor.device.type == "cpu" and not isinstance(radius, Tensor) and not _is_recorded(divisor.device):
-            torch._foreach_add_(w, g, alpha=radius / divisor.item())
+            largest = min(torch.finfo(dtype).max for dtype in {t.dtype for t in w})
+            torch._foreach_add_(w, g, alpha=min(radius / divisor.item(), largest))
         elif isinstance(radius, Tensor):
             torch._foreach_mul_(g, radius / divisor)
             torch._foreach_add_(w, g)
@@ -1054,6 +1072,10 @@ def _found_inf(tensors: Sequence[Tensor], one: Tensor) -> Tensor:
     return found
 
 
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _is_recorded(device: torch.device) -> bool:
     """Whether the code that runs is being captured in a CUDA graph or compiled, so that nothing may be read."""
     return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
@@ -1095,6 +1117,7 @@ class _Now:
     skipped_on_device: Tensor | None = None
     saved: _Saved | None = None  # while the weights are perturbed
     first_step_was_finite: bool | None = None  # between first_step and second_step
+    poison: ExitStack | None = None  # likewise
     norms: list[Tensor] = field(default_factory=list)  # of this step's ascents, as far as they were not read
     one: Tensor | None = None  # constants on the device
     tiny: dict[torch.dtype, Tensor] = field(default_factory=dict)
@@ -1166,10 +1189,26 @@ def _add_gradients(total: dict[Tensor, Tensor], weights: Sequence[Tensor], share
         total.update(zip(new, torch._foreach_mul([w.grad for w in new], share), strict=True))
 
 
+def _poison(weights: Iterable[Tensor]) -> ExitStack:
+    """Until the result is closed, backward passes give these weights gradients of NaN."""
+    poison = ExitStack()
+    for w in weights:
+        poison.callback(w.register_hook(lambda grad: torch.full_like(grad, math.nan)).remove)
+    return poison
+
+
 @contextmanager
-def _poisoned(weight: Tensor) -> Iterator[None]:
-    """Backward passes in this context give `weight` a gradient of NaN."""
-    handle = weight.register_hook(lambda grad: torch.full_like(grad, math.nan))
+def _without_ddp() -> Iterator[None]:
+    """Refuses to call a DistributedDataParallel in this context."""
+
+    def refuse(module: torch.nn.Module, _: Any) -> None:
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            raise InputError(
+                "second_order=True with DistributedDataParallel: its reducer does not see the extra term, so processes "
+                "would drift apart. Leave second_order out, or average the gradients yourself"
+            )
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(refuse)
     try:
         yield
     finally:

@@ -28,17 +28,11 @@ import samlib
 from samlib.batchnorm import second_pass
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-GAPS = {
-    "fault in the local ascent, two-step": pytest.mark.xfail(
-        raises=AssertionError,
-        reason="first_step() notes on this rank alone that the ascent is not finite, so the others step",
-    )
-}
 
 
 def cases(chosen=lambda case: True):
     names = [name for name, case in CASES.items() if chosen(case)]
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=GAPS.get(name, ())) for name in names])
+    return pytest.mark.parametrize("name", names)
 
 
 both_world_sizes = pytest.mark.parametrize("world", [2, 4])

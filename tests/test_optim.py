@@ -244,6 +244,25 @@ def test_a_zero_gradient_gives_a_zero_perturbation(p):
     assert opt.skipped_steps == 0
 
 
+@pytest.mark.parametrize("rho", [0.05, 1e3])
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float64], [torch.float32, torch.float64]])
+def test_a_step_with_gradients_of_zero_leaves_the_weights(rho, dtypes):
+    weights = [parameter(1.0, 2.0, dtype=dtype) for dtype in dtypes]
+    opt = SAM(weights, SGD, rho=rho, lr=0.1)
+    seen = []
+
+    def closure():
+        opt.zero_grad()
+        loss = sum((0 * w).sum() for w in weights)
+        loss.backward()
+        seen.append([w.detach().tolist() for w in weights])
+        return loss
+
+    opt.step(closure)
+    assert seen == [[[1.0, 2.0]] * len(dtypes)] * 2
+    assert [w.detach().tolist() for w in weights] == seen[0]
+
+
 def test_norm_eps_is_added_to_the_norm():
     g = [vector(3.0, 4.0)]
     assert_close(perturbation([], g, 0.1, norm_eps=5.0), [0.1 * g[0] / 10])
@@ -1240,6 +1259,39 @@ def test_a_process_whose_ascent_fails_takes_part_in_the_descent_and_makes_all_sk
     assert torch.isnan(synced[0]).all()  # what the average over processes spreads
     assert torch.equal(w, torch.ones(2).double())
     assert opt.skipped_steps == 1
+
+
+def test_the_skip_spreads_through_whatever_tensor_the_descent_reaches():
+    a, b, inside = parameter(1.0, 1.0), parameter(1.0, 1.0), []
+    opt = SAM([a, b], SGD, lr=0.1)
+
+    @contextmanager
+    def no_sync():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def closure():
+        opt.zero_grad()
+        loss = (b * b).sum() + ((a * a).sum() if inside else 0)
+        loss.backward()
+        if inside:
+            b.grad.fill_(math.inf)
+        return loss
+
+    opt.step(closure, no_sync=no_sync)
+    assert opt.skipped_steps == 1
+    assert torch.equal(b, torch.ones(2).double())
+
+
+def test_second_order_is_refused_for_distributed_data_parallel(process_group):
+    ddp = nn.parallel.DistributedDataParallel(network())
+    opt = SAM(ddp.parameters(), SGD, lr=0.1, second_order=True)
+    with pytest.raises(InputError, match="second_order=True with DistributedDataParallel"):
+        opt.step(closure_of(opt, ddp, *examples()))
+    plain = network()
+    opt = SAM(plain.parameters(), SGD, lr=0.1, second_order=True)
+    opt.step(closure_of(opt, plain, *examples()))
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
