@@ -303,6 +303,25 @@ def test_a_checkpoint_keeps_the_count_of_skipped_steps_and_the_radii(backend):
     assert other.base_optimizer.state is other.state
 
 
+@all_backends
+@pytest.mark.parametrize("steps_together", [0, 1])
+@pytest.mark.parametrize("base, hyper", [BASES["sgd foreach"], BASES["adam"]], ids=["sgd", "adam"])
+def test_a_state_of_tensors_with_different_pasts_is_taken_as_it_is(base, hyper, steps_together, backend):
+    """A first layer that was frozen for two steps has no momentum yet, or a lower step count than the second."""
+    model = network(batch_norm=False)
+    opt = SAM(model.parameters(), base, rho=0.3, **hyper)
+    model[0].requires_grad_(False)
+    train(opt, model, 2)
+    model[0].requires_grad_(True)
+    train(opt, model, steps_together, first=2)
+    resumed = copy.deepcopy(model)
+    other = SAM(resumed.parameters(), base, rho=0.3, **hyper, **backend)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    train(opt, model, 3, first=3)
+    train(other, resumed, 3, first=3)
+    assert_close(resumed.state_dict(), model.state_dict(), 1e-10)
+
+
 # ------------------------------------------------------------------------------------------------------------- shards
 
 
