@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 
 def rows(networks: tuple[str, ...] = tuple(NETWORKS), rhos: tuple[float, ...] = RHOS) -> list[Row]:
-    """One row for each network, rho and precision; about a minute on one core.
+    """One row for each network, rho and precision; 80 s of CPU time on one core.
 
     Returns:
         Rows of plain values: network, weights (their number), pixels, batch, rho, precision; rounding_norm, the
