@@ -25,10 +25,11 @@ from samlib.errors import InputError
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 
-# Measured on 2 CPU cores, eager: from 8 shards on, the vectorised passes of a ResNet-20 (0.27 M parameters) and of an
-# MLP of 64 units are faster; those of nets with 4 M and 8 M parameters are slower at 8 and 16 shards.
+# Measured on CPU cores, eager, at 4, 8 and 16 shards of a batch of 128: for a ResNet-20 (0.27 M parameters) and an MLP of
+# 0.28 M the vectorised passes win from 8 shards on; for an MLP of 1.3 M they lose at all three, since they write and
+# read a copy of all weights and gradients per shard. Not yet measured on a GPU.
 MIN_SHARDS = 8
-MAX_PARAMETERS = 1_000_000
+MAX_PARAMETERS = 500_000
 
 
 class Shards(list[Callable[[], Tensor]]):
@@ -48,7 +49,7 @@ class Shards(list[Callable[[], Tensor]]):
         num_shards: at most the batch size. Sizes differ by at most one example where it does not divide the batch.
         shard_size: examples per shard, instead of num_shards; the last shard may be smaller.
         statistics: "frozen", "update" or "eval", as for `samlib.batchnorm.second_pass`.
-        vectorize: True or False, or None to choose: with `compile`, or for at least 8 shards and at most 1 M
+        vectorize: True or False, or None to choose: with `compile`, or for at least 8 shards and at most 0.5 M
             parameters, if nothing stands against it.
         compile: run the vectorised passes through `torch.compile`, with True its default backend, with a string that
             one. What is compiled is kept between steps for the same model, loss_fn object and shapes.
