@@ -25,8 +25,8 @@ from samlib.errors import InputError
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 
-# Measured on CPU cores, eager, at 4, 8 and 16 shards of a batch of 128: for a ResNet-20 (0.27 M parameters) and an MLP of
-# 0.28 M the vectorised passes win from 8 shards on; for an MLP of 1.3 M they lose at all three, since they write and
+# Measured on CPU cores, eager, at 4, 8 and 16 shards of a batch of 128. For a ResNet-20 (0.27 M parameters) and an MLP
+# of 0.28 M the vectorised passes win from 8 shards on; for an MLP of 1.3 M they lose at all three, since they write and
 # read a copy of all weights and gradients per shard. Not yet measured on a GPU.
 MIN_SHARDS = 8
 MAX_PARAMETERS = 500_000
