@@ -65,7 +65,7 @@ serve: ## serve the built book on http://127.0.0.1:8000 (from file:// it opens t
 	@$(PY) -m http.server --bind 127.0.0.1 --directory book/_build/html 8000
 
 .PHONY: bench
-bench: env ## time the optimisers beside SGD and pytorch_optimizer, in 20 minutes (BENCH=runs/bench.json)
+bench: env ## time the optimisers beside SGD and pytorch_optimizer, in half an hour (BENCH=runs/bench.json)
 	@$(PY) -m samlib bench --json $(BENCH)
 
 .PHONY: refresh

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     command("publish", publish_records, "Make a complete run the committed records (for maintainers).", "runs")
     export = command("export", export_tables, "Write the records as CSV with a data dictionary.", "results")
     export.add_argument("folder", type=Path, metavar="FOLDER")
-    bench = bare_command("bench", run_bench, "Time the optimisers beside SGD and pytorch_optimizer (20 minutes).")
+    bench = bare_command("bench", run_bench, "Time the optimisers beside SGD and pytorch_optimizer (half an hour).")
     bench.add_argument("--only", nargs="+", metavar="SECTION", help="only these sections of the table")
     bench.add_argument("--rounds", type=int, help="in place of 15 to 60, by section")
     bench.add_argument("--quick", action="store_true", help="a part of it in seconds, to see that it runs")

@@ -58,8 +58,8 @@ def notes(record: dict[str, Any]) -> list[str]:
     threads = " and ".join(map(str, sorted({row["threads"] for row in record["rows"]}))) or "as set"
     changes = " with changes" if env.get("dirty") else ""
     lines = [
-        f"{env.get('device', 'no process finished')}, {record['cores']} cores, load {min(load)} to {max(load)}; threads "
-        f"{threads}; PyTorch {env.get('torch')}, pytorch_optimizer {record['pytorch_optimizer']}, Python "
+        f"{env.get('device', 'no process finished')}, {record['cores']} cores, load {min(load)} to {max(load)}; "
+        f"threads {threads}; PyTorch {env.get('torch')}, pytorch_optimizer {record['pytorch_optimizer']}, Python "
         f"{env.get('python')}; commit {str(env.get('commit'))[:12]}{changes}; {record['started'][:10]}, "
         f"{record['seconds']:.0f} s.",
         f"Equality in float64: {len(record['equality'])} checks, all within their tolerance.",
