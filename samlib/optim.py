@@ -105,7 +105,8 @@ class SAM(Optimizer):
         skipped_steps: number of steps skipped because of a gradient that was not finite.
 
     Raises:
-        InputError: a setting outside its range, settings that exclude each other, sparse or complex parameters.
+        InputError: a setting outside its range, settings that exclude each other, sparse or complex parameters, a base
+            optimiser that maximises or that calls closures itself (LBFGS).
 
     Source: foret2021, equation 2 and algorithm 1 (SAM), C.4 (second order), C.6 (inner steps); behdin2023, equations 4
     to 6 (mSAM). Where they leave a choice, it is an argument here.
@@ -158,6 +159,7 @@ class SAM(Optimizer):
         self._copies: list[Tensor] = []
         super().__init__(params, {"rho": rho})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        _check_base(self.base_optimizer)
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, "rho": rho}
         self._check_filters()
@@ -289,6 +291,7 @@ class SAM(Optimizer):
             if not finite:  # as in `step`: if processes average the gradients that come, all of them shall skip
                 self._now.poison = _poison(self.unperturbed())
         self._now.first_step_was_finite = finite
+        torch.clear_autocast_cache()
         if zero_grad:
             self.zero_grad()
 
@@ -298,19 +301,27 @@ class SAM(Optimizer):
 
         Raises:
             RuntimeError: called without `first_step`.
+            InputError: a sparse gradient; the weights are then back at w.
         """
         if self._now.first_step_was_finite is None:
             raise RuntimeError("second_step() was called without first_step()")
-        if self._now.poison is not None:
-            self._now.poison.close()
-            self._now.poison = None
+        finite = self._now.first_step_was_finite
         self._gather()
-        self._restore()
-        self._finish(self._now.first_step_was_finite, None)
-        self._now.first_step_was_finite = None
+        self.cancel_step()
+        self._finish(finite, None)
         self._opt_called = True  # the mark by which a scheduler knows that the optimiser stepped before it
         if zero_grad:
             self.zero_grad()
+
+    @torch.no_grad()
+    def cancel_step(self) -> None:
+        """Undoes `first_step`: the weights are back at w and no step is made. For the two-step form, where something
+        went wrong in between; does nothing otherwise."""
+        if self._now.poison is not None:
+            self._now.poison.close()
+            self._now.poison = None
+        self._restore()
+        self._now.first_step_was_finite = None
 
     @torch.no_grad()
     def perturbation(self) -> list[Tensor]:
@@ -553,6 +564,7 @@ class SAM(Optimizer):
 
     def _evaluate(self, closure: Closure) -> Tensor | float:
         """Runs one pass; its gradients are then in `.grad`. The loss, detached."""
+        torch.clear_autocast_cache()  # of casts of the weights where they were, if autocast is around it all
         with torch.enable_grad():
             loss = _loss_of(closure)
             if self.second_order:
@@ -596,6 +608,7 @@ class SAM(Optimizer):
         if buffers is not None:
             buffers.stepped(self.base_optimizer)
         self._now.norms.clear()
+        torch.clear_autocast_cache()
 
     def _step_or_skip_on_device(self, base: Optimizer, found_inf: Tensor) -> None:
         """Hands the flag to a fused base optimiser, whose kernel then skips. Any other one steps: the weights are lost,
@@ -683,7 +696,7 @@ class SAM(Optimizer):
         return [member.tensor for member in self._layout.members]
 
     def _device(self) -> torch.device:
-        return next(w.device for group in self.param_groups for w in group["params"])
+        return next((w.device for group in self.param_groups for w in group["params"]), torch.device("cpu"))
 
     def _perturbable(self, members: Sequence[Member]) -> list[tuple[Tensor, Radius]]:
         """The tensors that may be perturbed, each with its radius."""
@@ -1008,6 +1021,8 @@ def add_quotient_(weights: Sequence[Tensor], grads: Sequence[Tensor], divisor: T
 
 def global_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """The norm of all tensors as one vector, a tensor without axes; not finite if an entry is not finite."""
+    if order not in (1, 2):  # an empty tensor has no largest entry
+        tensors = [t for t in tensors if t.numel()] or [torch.zeros_like(tensors[0].sum())]
     if order in (1, 2, math.inf):
         return _norm_of_norms(tensors, order)
     # high powers of small entries underflow, so the largest entry is taken out first
@@ -1241,6 +1256,14 @@ def _dense(grads: list[Tensor]) -> list[Tensor]:
 def _check_not_negative(name: str, value: float) -> None:
     if not 0 <= value < math.inf:
         raise InputError(f"Invalid {name} value: {value}: it must be 0 or a positive number")
+
+
+def _check_base(base: Optimizer) -> None:
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(f"base_optimizer = {type(base).__name__} calls a closure itself: use one that takes gradients")
+    if any(group.get("maximize") for group in base.param_groups):
+        raise InputError("maximize=True: SAM climbs what the base optimiser descends. Leave it out and negate the loss")
 
 
 def _check_group(group: dict[str, Any]) -> None:

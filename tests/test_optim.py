@@ -1319,6 +1319,7 @@ def refused(field, remedy, **settings_):
         refused("inner_steps > 1", "change one of the two", inner_steps=2, normalize=False),
         refused("second_order=True", "inner_steps=1", inner_steps=2, second_order=True),
         refused("second_order=True", "p at most 2, or inf", p=4, second_order=True),
+        refused("maximize=True", "negate the loss", maximize=True),
         refused("perturb_filter declines all 1", "return True for some", perturb_filter=torch.is_complex),
     ],
 )
@@ -1362,6 +1363,11 @@ def test_an_optimizer_in_place_of_its_class_is_refused():
         SAM([w], SGD([w], lr=0.1))
 
 
+def test_a_base_optimiser_that_calls_closures_is_refused():
+    with pytest.raises(InputError, match="LBFGS calls a closure itself"):
+        SAM([parameter(1.0)], torch.optim.LBFGS)
+
+
 def test_an_empty_parameter_list_is_refused_as_torch_does():
     with pytest.raises(ValueError, match="empty parameter list"):
         SAM([], SGD, lr=0.1)
@@ -1400,6 +1406,23 @@ def test_options_that_exclude_each_other_are_refused():
     for option in ({"ascent_closure": w.sum}, {"no_sync": nullcontext}):
         with pytest.raises(InputError, match="AverageSAM has no ascent"):
             AverageSAM([w], SGD, lr=0.1).step(w.sum, **option)
+
+
+def test_a_step_that_was_begun_can_be_cancelled():
+    w = parameter(1.0, 1.0)
+    opt = SAM([w], SGD, lr=0.1, momentum=0.9)
+    opt.cancel_step()  # nothing to undo
+    quadratic(opt, w)()
+    opt.first_step(zero_grad=True)
+    assert opt.at_perturbed_point
+    opt.cancel_step()
+    assert torch.equal(w, torch.ones(2).double())
+    assert not opt.at_perturbed_point
+    assert len(opt.state) == 0
+    with pytest.raises(RuntimeError, match="without first_step"):
+        opt.second_step()
+    opt.step(quadratic(opt, w))
+    assert_close(w.detach(), vector(0.9, 0.0) - 0.1 * CURVATURE * 0.05 * CURVATURE / 101**0.5)
 
 
 def test_the_two_steps_are_refused_out_of_order():

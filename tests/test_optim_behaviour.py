@@ -569,7 +569,6 @@ def test_where_all_is_frozen_the_closure_runs_once_and_nothing_moves(backend):
 
 
 @all_backends
-@pytest.mark.xfail(strict=True, raises=(IndexError, StopIteration), reason="_device() wants a tensor")
 @pytest.mark.parametrize("cls", [SAM, ASAM, AverageSAM])
 def test_groups_without_a_tensor_are_no_error(cls, backend):
     opt = cls([{"params": []}], SGD, lr=0.1, **backend)
@@ -607,7 +606,6 @@ def test_a_sparse_gradient_on_either_pass_is_refused_and_the_weights_are_at_w(pl
 
 
 @all_backends
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="second_step leaves its mark behind when it raises")
 def test_a_second_step_that_raises_does_not_bar_the_next_step(backend):
     w = parameter(1.0, 2.0)
     opt = SAM([w], SGD, rho=0.5, lr=0.1, **backend)

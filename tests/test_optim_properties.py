@@ -309,7 +309,7 @@ class Training(RuleBasedStateMachine):
         others = data.draw(st.sets(st.sampled_from(range(len(self.params)))), "reach")
         reach = sorted(others | {data.draw(st.sampled_from(self.trained()))})
         # a mixture of dtypes has a test of its own, which fails at present
-        zero = len(self.dtypes) == 1 and data.draw(st.sampled_from([False, False, False, True]), "zero gradient")
+        zero = data.draw(st.sampled_from([False, False, False, True]), "zero gradient")
         return Shard([w.shape for w in self.params], reach, data.draw(st.integers(0, 99)), bad, zero)
 
     def shards(self, data):
@@ -521,11 +521,6 @@ def test_the_pass_at_w_plus_eps_is_where_the_functional_form_says(backend, shape
         torch.testing.assert_close(found, start + e, rtol=1e-12, atol=1e-14)
 
 
-NO_NORM = pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="global_norm: torch has no infinity norm of a tensor without entries"
-)
-
-
 @all_backends
 @pytest.mark.parametrize(
     "cls, p",
@@ -535,9 +530,9 @@ NO_NORM = pytest.mark.xfail(
         (ASAM, 2.0),
         (ASAM, math.inf),
         (AverageSAM, 2.0),
-        pytest.param(SAM, 1.5, marks=NO_NORM),
-        pytest.param(ASAM, 1.5, marks=NO_NORM),
-        pytest.param(AverageSAM, math.inf, marks=NO_NORM),
+        (SAM, 1.5),
+        (ASAM, 1.5),
+        (AverageSAM, math.inf),
     ],
 )
 def test_tensors_without_entries_do_no_harm(cls, p, backend):
@@ -550,9 +545,6 @@ def test_tensors_without_entries_do_no_harm(cls, p, backend):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
-OVERFLOW = pytest.mark.xfail(strict=True, reason="add_quotient_: rho / tiny overflows the dtype of the weights")
-
-
 @all_backends
 @pytest.mark.parametrize("cls", [SAM, ASAM])
 @pytest.mark.parametrize(
@@ -560,9 +552,9 @@ OVERFLOW = pytest.mark.xfail(strict=True, reason="add_quotient_: rho / tiny over
     [
         ([torch.float32], 0.05),
         ([torch.float64], 0.05),
-        pytest.param([torch.float32], 5.0, marks=OVERFLOW),
-        pytest.param([torch.float64], 5.0, marks=OVERFLOW),
-        pytest.param([torch.float32, torch.float64], 0.05, marks=OVERFLOW),
+        ([torch.float32], 5.0),
+        ([torch.float64], 5.0),
+        ([torch.float32, torch.float64], 0.05),
     ],
     ids=str,
 )

@@ -430,9 +430,6 @@ def test_a_loss_scale_too_small_for_fp16_loses_gradients_and_a_larger_one_finds_
     assert cosines[0] < 0.9 < 0.999 < cosines[1]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="optim: autocast keeps its copies of the weights at w; torch.clear_autocast_cache"
-)
 @pytest.mark.parametrize("form", ["closure", "two steps"])
 def test_autocast_around_the_whole_step_sees_the_perturbed_weights(form):
     """Autocast keeps the rounded weights until its outermost context ends."""

@@ -5,12 +5,20 @@
     loss = WeightLoss(model, inputs, targets)       the loss as a function of the weights
     lambda_max(loss)                                top eigenvalue of its Hessian
     adversarial(loss, rho=0.05, shard_size=128)     rise of the loss at the worst point of a ball
-    effective_perturbation(w, eps, "bf16")          what is left of a perturbation after rounding
+    acting_perturbation(opt, "bf16")                what is left of an optimiser's perturbation after rounding
+    effective_perturbation(w, eps, "bf16")          the same of given weights and eps
 """
 
 from samlib.measures.hessian import lambda_max
 from samlib.measures.loss import WeightLoss
-from samlib.measures.precision import effective_perturbation
+from samlib.measures.precision import LowPrecisionWarning, acting_perturbation, effective_perturbation
 from samlib.measures.sharpness import adversarial
 
-__all__ = ["WeightLoss", "adversarial", "effective_perturbation", "lambda_max"]
+__all__ = [
+    "LowPrecisionWarning",
+    "WeightLoss",
+    "acting_perturbation",
+    "adversarial",
+    "effective_perturbation",
+    "lambda_max",
+]
