@@ -212,7 +212,8 @@ class SAM(Optimizer):
             closure: zeroes the gradients, computes the loss, calls backward and returns the loss, as for
                 `torch.optim.LBFGS`. A list of closures, one per shard of the mini-batch, is mSAM: each shard has its
                 own ascent, and the base optimiser gets the mean of the shards' gradients. A list of one is SAM, bit
-                for bit.
+                for bit. `samlib.shards.Shards` makes such a list, and may run it side by side: not with an
+                `ascent_closure`, `no_sync` or `replay_rng`.
             weights: of the shards in that mean: positive numbers, for example shard sizes, which are divided by their
                 sum. Default equal, or those of a `samlib.shards.Shards`.
             ascent_closure: gives the ascent its own data. There is then one ascent, shared by all shards.
@@ -234,6 +235,8 @@ class SAM(Optimizer):
             RuntimeError: called between `first_step` and `second_step`.
         """
         closures = _closure_list(closure)
+        if scaler is not None and hasattr(closure, "gradients_at_w"):
+            raise InputError("scaler with Shards, whose closures do not scale the loss: write the closures yourself")
         shares = _shares(getattr(closure, "weights", None) if weights is None else weights, len(closures))
         self._check_step_options(ascent_closure, scaler, no_sync)
         if self._now.first_step_was_finite is not None:
@@ -242,13 +245,13 @@ class SAM(Optimizer):
         self._now.norms.clear()
         passes = [partial(self._evaluate, one) for one in closures]
         shard = partial(self._shard, scaler=scaler, no_sync=no_sync, replay_rng=replay_rng)
-        at_once = getattr(closure, "vectorized", False) and self._has_ascent
+        at_once = getattr(closure, "vectorized", False) and self._has_ascent and no_sync is None and not replay_rng
         try:
             if not self._ascends():
                 loss = self._mean(passes, shares)
             elif ascent_closure is not None:
                 loss = shard(ascent_closure, partial(self._mean, passes, shares))
-            elif at_once and scaler is None and no_sync is None and not replay_rng:
+            elif at_once:
                 loss = self._all_at_once(closure, shares)
             else:
                 loss = self._mean([partial(shard, *pair) for pair in zip(closures, passes, strict=True)], shares)
