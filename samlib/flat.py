@@ -107,7 +107,8 @@ class Bucket:
     def clear(self) -> None:
         """Sets the gradients to zero, as views of `flat.grad`."""
         self._gradient.zero_()
-        self._show()
+        if not all(map(operator.is_, (tensor.grad for tensor in self.tensors), self._gradient_views)):
+            self._show()
 
     def _give_gradient(self) -> None:
         if self.flat.grad is not self._gradient:  # torch.compile takes no assignment, not even one that changes nothing

@@ -512,14 +512,17 @@ class SAM(Optimizer):
         _multiply_(grads, scale)
         norm = global_norm(grads)
         _multiply_(grads, scale)
-        if not self._is_finite(norm):
-            return False
-        # A norm too small to invert belongs to gradients of 0, which anything else divides. A norm that is NaN would
-        # divide the gaps of a flat buffer, which stay 0, too.
-        divisor = torch.fmax(norm, self._now.tiny[norm.dtype]) if self.normalize else torch.ones_like(norm)
-        if self.norm_eps:
-            divisor = divisor + self.norm_eps
-        add_quotient_(weights, grads, divisor, rho)
+        if self._waits():
+            length = norm.item()
+            if not math.isfinite(length):
+                return False
+            # a norm too small to invert belongs to gradients of 0, which anything else divides
+            divisor = max(length, torch.finfo(norm.dtype).tiny) if self.normalize else 1.0
+        else:
+            self._now.norms.append(norm)
+            # fmax, for a norm that is NaN would divide the gaps of a flat buffer, which stay 0, too
+            divisor = torch.fmax(norm, self._now.tiny[norm.dtype]) if self.normalize else torch.ones_like(norm)
+        add_quotient_(weights, grads, divisor + self.norm_eps if self.norm_eps else divisor, rho)
         return True
 
     @property
@@ -1007,19 +1010,27 @@ def stretch(u: Sequence[Tensor], scale: Sequence[Tensor | None], rho: float | Se
     return _times(torch._foreach_mul(u, rho), scale)
 
 
-def add_quotient_(weights: Sequence[Tensor], grads: Sequence[Tensor], divisor: Tensor, rho: Sequence[Radius]) -> None:
-    """weights += rho * grads / divisor, in place; the gradients are used up where a read of the divisor would wait."""
+def add_quotient_(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], divisor: Tensor | float, rho: Sequence[Radius]
+) -> None:
+    """weights += rho * grads / divisor, in place. The gradients are used up where one of the factors is a tensor."""
     for radius, chosen in _by_radius(rho):
         w, g = [weights[index] for index in chosen], [grads[index] for index in chosen]
-        if divisor.device.type == "cpu" and not isinstance(radius, Tensor) and not _is_recorded(divisor.device):
-            largest = min(torch.finfo(dtype).max for dtype in {t.dtype for t in w})
-            torch._foreach_add_(w, g, alpha=min(radius / divisor.item(), largest))
-        elif isinstance(radius, Tensor):
+        if isinstance(radius, Tensor):
             torch._foreach_mul_(g, radius / divisor)
             torch._foreach_add_(w, g)
-        else:
+        elif isinstance(divisor, Tensor):
             torch._foreach_div_(g, divisor)
             torch._foreach_add_(w, g, alpha=radius)
+        else:
+            torch._foreach_add_(w, g, alpha=_representable(radius / divisor, w))
+
+
+def _representable(factor: float, tensors: Sequence[Tensor]) -> float:
+    """The factor, no larger than the dtypes of the tensors know."""
+    if factor < torch.finfo(torch.float32).max:
+        return factor
+    return min(factor, *(torch.finfo(t.dtype).max for t in tensors))
 
 
 def global_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:

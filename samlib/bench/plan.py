@@ -94,7 +94,7 @@ BOOKKEEPING = (
     Comparison(OURS, PEER, 0.45),
     Comparison(OURS, PLAIN),
     Comparison(AGAIN, OURS),
-    Comparison(FOREACH, FAIR_PEER),
+    Comparison(FOREACH, FAIR_PEER, 0.45),
     Comparison(FOREACH, PLAIN),
     Comparison(FAIR_PEER, PLAIN),
     Comparison(PEER, PLAIN),
