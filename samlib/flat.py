@@ -59,7 +59,7 @@ class Bucket:
         self.flat = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
         self._gradient = torch.zeros(size, dtype=dtype, device=device)
         self._gradient_views = self.views(self._gradient)
-        self._shown = False  # by the last pass: whether the parameters' gradients are these views
+        self.shown = False  # by the last pass: whether the parameters' gradients are these views
         for tensor, view in zip(tensors, self.views(self.flat.data), strict=True):
             tensor.data = view.copy_(tensor.data)
         self._addresses = [tensor.data_ptr() for tensor in tensors]
@@ -82,8 +82,8 @@ class Bucket:
             False, with nothing done, if some parameters have a dense gradient and others have not.
         """
         grads = [tensor.grad for tensor in self.tensors]
-        self._shown = all(map(operator.is_, grads, self._gradient_views))
-        if self._shown:
+        self.shown = all(map(operator.is_, grads, self._gradient_views))
+        if self.shown:
             self._give_gradient()
         elif all(grad is None for grad in grads):
             self.flat.grad = None
@@ -101,7 +101,7 @@ class Bucket:
         if self.flat.grad is not self._gradient:
             self._gradient.copy_(self.flat.grad)
             self._give_gradient()
-        if not self._shown:
+        if not self.shown:
             self._show()
 
     def clear(self) -> None:
@@ -155,6 +155,10 @@ class FlatBuffers:
 
     def gather(self) -> bool:
         return all(bucket.gather() for bucket in self.buckets)
+
+    def are_shown(self) -> bool:
+        """Whether the gradients of the last pass were made in the buffers."""
+        return all(bucket.shown for bucket in self.buckets)
 
     def clear(self) -> None:
         for bucket in self.buckets:

@@ -56,6 +56,9 @@ Radius = float | Tensor  # a tensor without axes where a captured graph shall se
 class SAM(Optimizer):
     r"""Sharpness-aware minimisation around any base optimiser.
 
+    Each step takes two gradients: it climbs by eps to a worse point nearby, takes the gradient there, goes back, and
+    hands that gradient to the base optimiser. So it costs about two of the base optimiser's steps.
+
     .. math::
         \epsilon &= \rho \, T\, \operatorname{sign}(h) \left( |h| / \|h\|_q \right)^{q-1},
             \qquad h = T \nabla L(w), \quad 1/p + 1/q = 1 \\
@@ -76,7 +79,8 @@ class SAM(Optimizer):
             group may have its own `rho`; with rho 0 it is trained, but neither perturbed nor part of the norm.
         base_optimizer: class or factory, called as `base_optimizer(groups, **base_kwargs)`. It shares `param_groups`
             and `state` with this object, so schedulers may be given either of the two.
-        rho: radius of the perturbation, >= 0, in units of the weights (SAM) or relative to them (ASAM).
+        rho: radius of the perturbation, >= 0: the length of eps as one vector over all weights, or, for ASAM, relative
+            to each weight. The third argument is rho, not lr. The papers use 0.05 to 0.2 for SAM and 0.5 to 2 for ASAM.
         p: norm of the ball, 1 < p <= inf.
         adaptive: scale by T = |w| + eta (ASAM).
         eta: added to |w|, >= 0, in units of the weights.
@@ -100,8 +104,8 @@ class SAM(Optimizer):
         **base_kwargs: for the base optimiser.
 
     Attributes:
-        base_optimizer: the wrapped optimiser. A step pre-hook on it sees the gradient that is stepped on, at w and
-            unscaled: the place to clip it.
+        base_optimizer: the wrapped optimiser; this object steps it. A step pre-hook on it sees the gradient that is
+            stepped on, unscaled: the place to clip it. (A hook on this object sees gradients of the step before.)
         skipped_steps: number of steps skipped because of a gradient that was not finite.
 
     Raises:
@@ -111,16 +115,22 @@ class SAM(Optimizer):
     Source: foret2021, equation 2 and algorithm 1 (SAM), C.4 (second order), C.6 (inner steps); behdin2023, equations 4
     to 6 (mSAM). Where they leave a choice, it is an argument here.
 
+    By themselves both passes update batch norm's running statistics, and dropout draws new masks in the second: see
+    `samlib.batchnorm.second_pass` and `replay_rng`. After a step `.grad` holds the gradient that was stepped on.
+
     Example::
 
         opt = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
-        def closure():
-            opt.zero_grad()
-            loss = loss_fn(model(inputs), targets)
-            loss.backward()
-            return loss
-        loss = opt.step(closure)
+        for inputs, targets in batches:
+            def closure():
+                opt.zero_grad()  # here, not after the step: the closure runs twice
+                loss = loss_fn(model(inputs), targets)
+                loss.backward()
+                return loss
+            loss = opt.step(closure)
     """
+
+    _step_supports_amp_scaling = True  # GradScaler.step then leaves a mark, by which `step` knows that it was called so
 
     _has_ascent = True
 
@@ -183,6 +193,8 @@ class SAM(Optimizer):
         Raises:
             InputError: as the class.
         """
+        if not isinstance(base_optimizer, Optimizer):
+            raise InputError(f"base_optimizer = {base_optimizer!r}: around() takes an optimizer, not its class")
         groups = [
             {name: value for name, value in group.items() if name != "rho"} for group in base_optimizer.param_groups
         ]
@@ -206,10 +218,10 @@ class SAM(Optimizer):
         no_sync: Callable[[], AbstractContextManager] | None = None,
         replay_rng: bool = False,
     ) -> Tensor | float:
-        """One step; the module's table gives the order in which the closures are called.
+        """One step. The table at the top of `help(samlib.optim)` gives the order in which the closures are called.
 
         Args:
-            closure: zeroes the gradients, computes the loss, calls backward and returns the loss, as for
+            closure: clears the gradients, computes the loss, calls backward and returns the loss, as for
                 `torch.optim.LBFGS`. A list of closures, one per shard of the mini-batch, is mSAM: each shard has its
                 own ascent, and the base optimiser gets the mean of the shards' gradients. A list of one is SAM, bit
                 for bit. `samlib.shards.Shards` makes such a list, and may run it side by side: not with an
@@ -219,7 +231,8 @@ class SAM(Optimizer):
             ascent_closure: gives the ascent its own data. There is then one ascent, shared by all shards.
             scaler: closures call `scaler.scale(loss).backward()` and return the unscaled loss; both passes are unscaled
                 here, and the caller calls `scaler.update()` after the step. Where a gradient is not finite on either
-                pass the step is skipped and the scaler told so.
+                pass the step is skipped and the scaler told so. This takes the place of `scaler.step(opt)`. Not with
+                `Shards`.
             no_sync: `ddp_model.no_sync`. The ascent then uses this process's gradient alone and only the descent is
                 averaged over processes. A process whose ascent is not finite makes all of them skip the step.
             replay_rng: run every later pass from the state of torch's generators at the first, so that dropout draws
@@ -234,15 +247,20 @@ class SAM(Optimizer):
                 other, a sparse gradient.
             RuntimeError: called between `first_step` and `second_step`.
         """
+        self._check_not_called_by_scaler()
         closures = _closure_list(closure)
         if scaler is not None and hasattr(closure, "gradients_at_w"):
             raise InputError("scaler with Shards, whose closures do not scale the loss: write the closures yourself")
         shares = _shares(getattr(closure, "weights", None) if weights is None else weights, len(closures))
         self._check_step_options(ascent_closure, scaler, no_sync)
         if self._now.first_step_was_finite is not None:
-            raise RuntimeError("step() was called between first_step() and second_step()")
+            raise RuntimeError(
+                "step() was called between first_step() and second_step(): finish with second_step(), or go back with "
+                "cancel_step()"
+            )
         self._prepare()
         self._now.norms.clear()
+        self._now.is_first_pass = True
         passes = [partial(self._evaluate, one) for one in closures]
         shard = partial(self._shard, scaler=scaler, no_sync=no_sync, replay_rng=replay_rng)
         at_once = getattr(closure, "vectorized", False) and self._has_ascent and no_sync is None and not replay_rng
@@ -274,7 +292,7 @@ class SAM(Optimizer):
 
         The weights after the two are those after `step(closure)`. Gradients must be cleared in between, here or by the
         caller: what is left in them has no meaning. Nothing is perturbed where `step` would make a step of the base
-        optimiser.
+        optimiser. There is no form of this for a GradScaler: use `step(closure, scaler=scaler)`.
 
         Raises:
             InputError: the optimiser was made with `second_order` or more than one of `inner_steps`.
@@ -283,7 +301,10 @@ class SAM(Optimizer):
         if self.second_order or self.inner_steps > 1:
             raise InputError("second_order and inner_steps > 1 need more gradients: use step(closure)")
         if self._now.first_step_was_finite is not None:
-            raise RuntimeError("first_step() was called twice without second_step()")
+            raise RuntimeError(
+                "first_step() was called twice without second_step(): finish with second_step(), or go back with "
+                "cancel_step()"
+            )
         self._prepare()
         self._gather()
         finite = True
@@ -395,8 +416,10 @@ class SAM(Optimizer):
         return {**found, "state": own_state(found["state"]), "sam": self._own_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave. That of a bare base optimiser is taken too: its groups get the constructor's
-        rho, and the counters stay."""
+        """Loads what `state_dict` gave: groups (lr, rho, ...), momentum and counters. The other settings are the
+        constructor's. The state of a bare base optimiser is taken too: its groups get the constructor's rho, and
+        the counters stay. A step that was begun is cancelled."""
+        self.cancel_step()
         super().load_state_dict(state_dict)
         if "sam" in state_dict:
             self._load_own_state(state_dict["sam"])
@@ -541,8 +564,11 @@ class SAM(Optimizer):
         pairs = self._perturbable(self._layout.members)
         weights, rho = map(list, zip(*pairs, strict=True))
         with torch.enable_grad():
+            self.zero_grad()
             with _without_ddp() if _is_distributed() else nullcontext():
                 loss = _loss_of(ascent)
+            if any(w.grad is not None for w in weights):
+                raise InputError("second_order=True: the closure must return the loss and not call backward()")
             grads = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
             scale = self._scales(weights)
             u, norm = self._direction(weights, grads, scale)
@@ -570,6 +596,9 @@ class SAM(Optimizer):
 
     def _evaluate(self, closure: Closure) -> Tensor | float:
         """Runs one pass; its gradients are then in `.grad`. The loss, detached."""
+        if not self._now.is_first_pass:
+            self._clear_used_gradients()
+        self._now.is_first_pass = False
         torch.clear_autocast_cache()  # of casts of the weights where they were, if autocast is around it all
         with torch.enable_grad():
             loss = _loss_of(closure)
@@ -578,6 +607,12 @@ class SAM(Optimizer):
                 loss.backward()
         self._gather()
         return loss.detach() if isinstance(loss, Tensor) else loss
+
+    def _clear_used_gradients(self) -> None:
+        """For a closure that does not clear them, since whoever calls `step` does so after it."""
+        buffers = self._layout.buffers
+        if buffers is None or not buffers.are_shown():  # else whoever bound them clears them
+            super().zero_grad()
 
     def _mean(self, passes: Sequence[Pass], shares: Sequence[float]) -> Tensor | float:
         """Runs the passes, leaves the weighted mean of their gradients and returns that of their losses."""
@@ -780,6 +815,11 @@ class SAM(Optimizer):
         for name in ("perturb_filter", "scale_filter"):
             if (chosen := getattr(self, name)) and not any(map(chosen, self._params())):
                 raise InputError(f"{name} declines all {len(self._params())} tensors: let it return True for some")
+
+    def _check_not_called_by_scaler(self) -> None:
+        if hasattr(self, "found_inf"):
+            del self.found_inf, self.grad_scale
+            raise InputError("scaler.step(opt) cannot scale two passes: call opt.step(closure, scaler=scaler) instead")
 
     def _check_step_options(self, ascent_closure: Any, scaler: Any, no_sync: Any) -> None:
         if self.second_order and (scaler is not None or no_sync is not None):
@@ -1145,6 +1185,7 @@ class _Now:
     skipped: int = 0
     skipped_on_device: Tensor | None = None
     saved: _Saved | None = None  # while the weights are perturbed
+    is_first_pass: bool = True  # in `step`
     first_step_was_finite: bool | None = None  # between first_step and second_step
     poison: ExitStack | None = None  # likewise
     norms: list[Tensor] = field(default_factory=list)  # of this step's ascents, as far as they were not read
@@ -1204,7 +1245,7 @@ def _fit(copies: list[Tensor], copied: list[Tensor], weights: list[Tensor]) -> b
 def _loss_of(closure: Closure) -> Tensor | float:
     loss = closure()
     if loss is None:
-        raise InputError("closure returned None: it must return the loss")
+        raise InputError("closure returned None: end it with `return loss`")
     return loss
 
 
@@ -1267,9 +1308,9 @@ def _dense(grads: list[Tensor]) -> list[Tensor]:
     return grads
 
 
-def _check_not_negative(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise InputError(f"Invalid {name} value: {value}: it must be 0 or a positive number")
+def _check_not_negative(name: str, value: Any) -> None:
+    if not isinstance(value, int | float | Tensor) or not 0 <= value < math.inf:
+        raise InputError(f"Invalid {name} value: {value!r}: it must be 0 or a positive number")
 
 
 def _check_base(base: Optimizer) -> None:

@@ -264,7 +264,8 @@ def test_weights_momentum_and_copies_stay_where_they_are(flat, set_to_none):
             copies = [at_w.data_ptr() for at_w in opt.unperturbed().values()]
             if copies:
                 momentum = [opt.state[w].get("momentum_buffer", w).data_ptr() for w in opt.state]
-                grads = [] if set_to_none else [w.grad.data_ptr() for w in model.parameters()]
+                bound = flat and not set_to_none
+                grads = [w.grad.data_ptr() for w in model.parameters()] if bound else []
                 seen.append((copies, momentum, grads, [w.data_ptr() for w in model.parameters()]))
             return closure()
 

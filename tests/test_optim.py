@@ -1305,6 +1305,7 @@ def refused(field, remedy, **settings_):
     "settings_, field, remedy",
     [
         refused("rho value: -0.1", "0 or a positive number", rho=-0.1),
+        refused("rho value: '0.1'", "0 or a positive number", rho="0.1"),
         refused("rho value: nan", "0 or a positive number", rho=math.nan),
         refused("rho value: inf", "0 or a positive number", rho=math.inf),
         refused("p value: 1.0", "above 1", p=1),
@@ -1379,7 +1380,7 @@ def test_an_empty_parameter_list_is_refused_as_torch_does():
         ({}, "closure = None: step"),
         ({"closure": []}, r"closure = \[\]: step"),
         ({"closure": [torch.ones, None]}, "or a list of them, one per shard"),
-        ({"closure": lambda: None}, "closure returned None: it must return the loss"),
+        ({"closure": lambda: None}, "closure returned None: end it with `return loss`"),
         ({"closure": [float, float], "weights": [1]}, r"weights = \[1.0\]: give one positive number for each of the 2"),
         ({"closure": [float, float], "weights": [1, 0]}, "give one positive number"),
         ({"closure": [float, float], "weights": [1, math.inf]}, "give one positive number"),
@@ -1406,6 +1407,72 @@ def test_options_that_exclude_each_other_are_refused():
     for option in ({"ascent_closure": w.sum}, {"no_sync": nullcontext}):
         with pytest.raises(InputError, match="AverageSAM has no ascent"):
             AverageSAM([w], SGD, lr=0.1).step(w.sum, **option)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("settings_", [{}, {"inner_steps": 3}])
+def test_gradients_may_be_cleared_after_the_step_as_in_the_tutorial(shards, settings_):
+    models = [network(), network()]
+    for model, inside in zip(models, (True, False), strict=True):
+        opt = SAM(model.parameters(), SGD, lr=0.1, momentum=0.9, **settings_)
+        for step in range(3):
+            inputs, labels = examples(step)
+
+            def closure(opt=opt, model=model, inside=inside, inputs=inputs, labels=labels):
+                if inside:
+                    opt.zero_grad()
+                loss = nn.functional.cross_entropy(model(inputs), labels)
+                loss.backward()
+                return loss
+
+            opt.step([closure] * shards)
+            opt.zero_grad()
+    assert_equal(models[0].state_dict(), models[1].state_dict())
+
+
+def test_a_scaler_that_steps_by_itself_is_refused():
+    w = parameter(1.0, 1.0, dtype=torch.float32)
+    opt = SAM([w], SGD, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+
+    def closure():
+        opt.zero_grad()
+        loss = w.square().sum()
+        scaler.scale(loss).backward()
+        return loss
+
+    closure()
+    with pytest.raises(InputError, match=r"opt.step\(closure, scaler=scaler\)"):
+        scaler.step(opt, closure)
+    scaler.update()
+    opt.step(closure, scaler=scaler)
+    assert opt.skipped_steps == 0
+    assert (w < 1).all()
+
+
+def test_loading_cancels_a_step_that_was_begun():
+    w = parameter(1.0, 1.0)
+    opt = SAM([w], SGD, lr=0.1)
+    state = opt.state_dict()
+    quadratic(opt, w)()
+    opt.first_step()
+    opt.load_state_dict(state)
+    assert torch.equal(w, torch.ones(2).double())
+    assert not opt.at_perturbed_point
+
+
+def test_a_second_order_closure_that_calls_backward_is_refused():
+    w = parameter(1.0, 1.0)
+    opt = SAM([w], SGD, lr=0.1, second_order=True)
+
+    def closure():
+        opt.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(InputError, match="not call backward"):
+        opt.step(closure)
 
 
 def test_a_step_that_was_begun_can_be_cancelled():
