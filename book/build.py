@@ -102,6 +102,8 @@ def generated(verdicts: Sequence[claims.Verdict]) -> dict[str, str]:
         "conventions": findings.conventions(),
         "rules": findings.rules(),
         "errata": findings.errata(),
+        "speed": findings.speed(),
+        "precision": findings.precision(),
     }
 
 

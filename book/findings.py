@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from samlib import claims, published
+from samlib.bench import table as bench_table
 from samlib.errors import InputError
 from samlib.store import open_store
 
+BENCH = Path(__file__).resolve().parent.parent / "results" / "bench"
 MOST_LINES = 4  # of statistics in one row of the table
 BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
 
@@ -115,6 +118,45 @@ def erratum(entry: published.Erratum) -> str:
     end = "" if entry.title.endswith((";", ":")) else "."
     head = f"**{entry.id}** ({plain(entry.certainty)}) **{plain(entry.title)}{end}**"
     return f"({entry.id.lower()})=\n{head} {plain(entry.text)}\n"
+
+
+# ---------------------------------------------------------------------------------------------- the bench
+
+
+def speed() -> str:
+    """The ratios of every committed run of the bench, machine by machine."""
+    return "\n\n".join(bench_table.markdown({**record, "precision": []}) for record in bench_records()) + "\n"
+
+
+def precision() -> str:
+    """What acts of a perturbation in low precision, from the same runs."""
+    head = ["network, weights", "rho", "precision", "norm ratio", "cosine", "unmoved", "rounding norm"]
+    head += ["rise error", "gradient error", "gradient error at w", "change error", "time"]
+    rows = [precision_row(row) for record in bench_records() for row in record["precision"]]
+    return table(head, rows) + "\n"
+
+
+def precision_row(row: dict[str, Any]) -> list[str]:
+    def both(name: str) -> str:
+        return "" if row[name] is None else f"{row[name]:.3g} / {row[f'{name}_two_products']:.3g}"
+
+    at_w = "" if row["gradient_error_at_w"] is None else f"{row['gradient_error_at_w']:.3g}"
+    time = [] if row["time_ratio"] is None else [f"{row[name]:.2f}" for name in ("time_ratio", "time_low", "time_high")]
+    return [
+        f"{row['network']}, {row['weights']:,}",
+        f"{row['rho']:g}",
+        row["precision"],
+        *(f"{row[name]:.3g}" for name in ("norm_ratio", "cosine", "unmoved_fraction", "rounding_norm")),
+        both("rise_error"),
+        both("gradient_error"),
+        at_w,
+        both("change_error"),
+        "{} [{}, {}]".format(*time) if time else "",
+    ]
+
+
+def bench_records() -> list[dict[str, Any]]:
+    return [bench_table.load(path) for path in sorted(BENCH.glob("*.json"))]
 
 
 # ---------------------------------------------------------------------------------------------- Markdown
