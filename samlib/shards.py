@@ -8,7 +8,8 @@ layer, with a weight tensor per shard: fewer, larger calls, and num_shards times
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from types import FunctionType
 from typing import Any
@@ -49,10 +50,12 @@ class Shards(list[Callable[[], Tensor]]):
         num_shards: at most the batch size. Sizes differ by at most one example where it does not divide the batch.
         shard_size: examples per shard, instead of num_shards; the last shard may be smaller.
         statistics: "frozen", "update" or "eval", as for `samlib.batchnorm.second_pass`.
-        vectorize: True or False, or None to choose: with `compile`, or for at least 8 shards and at most 0.5 M
-            parameters, if nothing stands against it.
-        compile: run the vectorised passes through `torch.compile`, with True its default backend, with a string that
-            one. What is compiled is kept between steps for the same model, loss_fn object and shapes.
+        vectorize: True or False, or None to choose: for at least 8 shards and at most 0.5 M parameters, if nothing
+            stands against it.
+        compile: run the passes through `torch.compile`, with True its default backend, with a string that one: the
+            model and loss of each closure, or forward and backward of all shards as one graph. What is compiled is kept
+            between steps for the same model, loss function's code and shapes. Closures of a model that is compiled
+            already and those for second_order stay as they are.
 
     Attributes:
         weights: the shards' sizes, for `step(weights=...)`, or None where they are equal: the mean over shards is then
@@ -100,7 +103,8 @@ class Shards(list[Callable[[], Tensor]]):
         self.vectorized = self._choose(opt, vectorize)
         self._running: _Running | None = None  # between the passes
         parts = zip(inputs.split(self.sizes), targets.split(self.sizes), strict=True)
-        super().__init__(_closure(opt, model, loss_fn, statistics, *part) for part in parts)
+        loss = _loss_of(opt, model, compile)
+        super().__init__(_closure(opt, model, partial(loss, model, loss_fn), statistics, *part) for part in parts)
 
     def gradients_at_w(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The first pass of every shard at once. Advances the running statistics; weights and `.grad` stay.
@@ -152,18 +156,16 @@ class Shards(list[Callable[[], Tensor]]):
         """The losses of all shards, shard s with the weights at[...][s], and their gradients, times the shard's share
         if there are shares: (num_shards,) and tensors of (num_shards, *shape)."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        leaves = [one.detach().requires_grad_() for one in at]
-        weights = {names[parameter]: leaf for parameter, leaf in zip(parameters, leaves, strict=True)}
+        weights = {names[parameter]: one.detach() for parameter, one in zip(parameters, at, strict=True)}
         inputs, targets = (t.unflatten(0, (len(self), -1)) for t in (self.inputs, self.targets))
-        with torch.enable_grad(), _advised():
-            losses = _losses_of(self.model, self.compile)(self.model, self.loss_fn, weights, buffers, inputs, targets)
-            if losses.ndim != 1:
-                raise InputError(f"loss_fn returned {losses.ndim - 1} axes: let it return the mean over the examples")
-            factors = torch.ones_like(losses) if shares is None else losses.new_tensor(shares)
-            return losses.detach(), torch.autograd.grad(losses, leaves, factors, allow_unused=True)
+        wide = torch.promote_types(at[0].dtype, torch.float32)
+        factors = torch.tensor(shares or [1.0] * len(self), dtype=wide, device=at[0].device)
+        run = _compiled(_differentiated, self.model, self.compile) if self.compile else _differentiated
+        with _advised(), _tracing() if self.compile else nullcontext():
+            return run(self.model, self.loss_fn, weights, buffers, inputs, targets, factors)
 
     def _choose(self, opt: Optimizer, vectorize: bool | None) -> bool:
-        if vectorize is False or (vectorize is None and not (self.compile or self._is_worth_it())):
+        if vectorize is False or (vectorize is None and not self._is_worth_it()):
             return False
         obstacle = _obstacle(opt, self.model, self.sizes)
         if vectorize and obstacle:
@@ -175,17 +177,33 @@ class Shards(list[Callable[[], Tensor]]):
 
 
 def _closure(
-    opt: Optimizer, model: nn.Module, loss_fn: LossFunction, statistics: str, inputs: Tensor, targets: Tensor
+    opt: Optimizer,
+    model: nn.Module,
+    loss_of: Callable[[Any, Tensor], Tensor],
+    statistics: str,
+    inputs: Tensor,
+    targets: Tensor,
 ) -> Callable[[], Tensor]:
     def closure() -> Tensor:
         opt.zero_grad()
         with second_pass(model, statistics) if getattr(opt, "in_second_pass", False) else nullcontext():
-            loss = loss_fn(model(inputs), targets)
+            loss = loss_of(inputs, targets)
         if not getattr(opt, "second_order", False):  # the optimiser differentiates twice itself
             loss.backward()
         return loss
 
     return closure
+
+
+def _loss_of(opt: Optimizer, model: nn.Module, backend: bool | str) -> Callable[..., Tensor]:
+    """`_loss`, compiled where that is asked for and possible: compiled code has no second derivatives."""
+    if not backend or getattr(opt, "second_order", False) or hasattr(model, "_orig_mod"):
+        return _loss
+    return _compiled(_loss, model, backend)
+
+
+def _loss(model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Tensor) -> Tensor:
+    return loss_fn(model(inputs), targets)
 
 
 def _sizes(batch: int, num_targets: int, num_shards: int | None, shard_size: int | None) -> list[int]:
@@ -206,38 +224,51 @@ def _sizes(batch: int, num_targets: int, num_shards: int | None, shard_size: int
 # --------------------------------------------------------------------------------------------- the passes over shards
 
 
-def _losses(
+def _differentiated(
     model: nn.Module,
     loss_fn: LossFunction,
     weights: dict[str, Tensor],
     buffers: dict[str, Tensor],
     inputs: Tensor,
     targets: Tensor,
-) -> Tensor:
-    """The shards' losses, (num_shards,). Every tensor has an axis of shards in front; changes `buffers` in place as a
-    forward pass of the model would."""
+    factors: Tensor,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The shards' losses, (num_shards,), and the gradients of their sum times `factors` by `weights`. Every tensor has
+    an axis of shards in front; changes `buffers` in place as a forward pass of the model would."""
 
     def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         return loss_fn(functional_call(model, {**weights, **buffers}, (inputs,)), targets)
 
-    return vmap(loss, randomness="different")(weights, buffers, inputs, targets)
+    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    with torch.enable_grad():
+        losses = vmap(loss, randomness="different")(leaves, buffers, inputs, targets)
+        if losses.ndim != 1:
+            raise InputError(f"loss_fn returned {losses.ndim - 1} axes: let it return the mean over the examples")
+        grads = torch.autograd.grad(losses, list(leaves.values()), factors.to(losses.dtype), allow_unused=True)
+    return losses.detach(), grads
 
 
-def _losses_of(model: nn.Module, backend: bool | str) -> Callable[..., Tensor]:
-    """`_losses`, compiled or not. torch keeps what it compiles, and counts it against a limit, with a function's code:
-    each model gets a copy of the code, which goes with the model. Every shape is compiled for itself, since kernels for
-    variable shapes are slower and training has one shape or two."""
-    if not backend:
-        return _losses
-    own = _compiled.setdefault(model, {})
-    if backend not in own:
-        copied = FunctionType(_losses.__code__.replace(), _losses.__globals__)
+def _compiled(function: FunctionType, model: nn.Module, backend: bool | str) -> Callable[..., Any]:
+    """`function`, compiled for a model. torch keeps what it compiles, and counts it against a limit, with a function's
+    code: each model gets a copy of the code, which goes with the model. Every shape is compiled for itself, since
+    kernels for variable shapes are slower and training has one shape or two.
+
+    The vectorised passes are one graph, backward included: compiled as a forward and a backward, with what is saved
+    between them, a ResNet-20 took 1.6 times as long.
+    """
+    own = _kept.setdefault(model, {})
+    if (function, backend) not in own:
+        copied = FunctionType(function.__code__.replace(), function.__globals__)
         options = {} if backend is True else {"backend": backend}
-        own[backend] = torch.compile(copied, fullgraph=True, dynamic=False, **options)
-    return own[backend]
+        own[function, backend] = torch.compile(copied, fullgraph=function is _differentiated, dynamic=False, **options)
+    return own[function, backend]
 
 
-_compiled: WeakKeyDictionary[nn.Module, dict[bool | str, Callable[..., Tensor]]] = WeakKeyDictionary()
+def _tracing() -> AbstractContextManager:
+    return torch._dynamo.config.patch(trace_autograd_ops=True)  # torch 2.15 compiles a call of autograd only with this
+
+
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[FunctionType, bool | str], Callable[..., Any]]] = WeakKeyDictionary()
 
 
 def _perturbed(w: Tensor, eps: Tensor | None, num_shards: int) -> Tensor:

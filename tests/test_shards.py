@@ -48,27 +48,6 @@ def batch(seed=0, size=BATCH, dtype=torch.float64):
 loss_fn = partial(functional.cross_entropy, label_smoothing=0.1)
 
 
-def settings_of(opt):
-    names = ("p", "adaptive", "eta", "normalize", "scale_filter", "norm_eps")
-    return {name: getattr(opt, name) for name in names}
-
-
-@torch.no_grad()
-def vectorized_step(opt, shards, weights=None):
-    """A step of `opt` through the vectorised passes: its perturbation, shard by shard, and its base optimiser."""
-    pairs = [(w, group["rho"]) for group in opt.param_groups for w in group["params"] if w.requires_grad]
-    params, rho = map(list, zip(*pairs, strict=True))
-    losses, grads = shards.gradients_at_w(params)
-    eps = [perturbation(params, one, rho, **settings_of(opt)) for one in zip(*grads, strict=True)]
-    shares = torch.tensor(weights or [1.0] * len(shards), dtype=torch.float64)
-    shares = (shares / shares.sum()).tolist()
-    stacked = [torch.stack(each) for each in zip(*eps, strict=True)]
-    for w, mean in zip(params, shards.mean_gradients(params, stacked, shares), strict=True):
-        w.grad = mean
-    opt.base_optimizer.step()
-    return sum(share * loss for share, loss in zip(shares, losses, strict=True))
-
-
 def states(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -84,8 +63,7 @@ def train(way, model, make, steps=3, weights=None, **options):
     for step in range(steps):
         shards = Shards(opt, model, loss_fn, *batch(step), vectorize=way == "vectorized", **options)
         assert shards.vectorized == (way == "vectorized")
-        run = partial(vectorized_step, opt) if shards.vectorized else opt.step
-        losses.append(run(shards, weights=weights or shards.weights))
+        losses.append(opt.step(shards, weights=weights))
     return torch.stack(losses), states(model)
 
 
@@ -149,7 +127,7 @@ def test_weights_of_ragged_shards_make_the_mean_over_examples():
     opt = SAM(model.parameters(), SGD, rho=0.0, lr=0.1)
     inputs, targets = batch()
     shards = Shards(opt, model, loss_fn, inputs, targets, shard_size=5)
-    loss = opt.step(shards, weights=shards.weights)
+    loss = opt.step(shards)
     expected = network("none")
     mean = loss_fn(expected(inputs), targets)
     mean.backward()
@@ -185,7 +163,7 @@ def test_a_finished_step_keeps_no_batch_alive():
     gc.disable()  # a cycle would wait for the collector, and a GPU's memory with it
     try:
         opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2))
-        vectorized_step(opt, Shards(opt, model, loss_fn, inputs, targets, num_shards=2, vectorize=True))
+        opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2, vectorize=True))
         del inputs
         assert kept() is None
     finally:
@@ -251,7 +229,7 @@ def test_batch_norm_as_the_whole_model():
     twin = copy.deepcopy(model)
     opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
     opt.step(Shards(opt, model, functional.mse_loss, x, y, num_shards=2))
-    vectorized_step(other, Shards(other, twin, functional.mse_loss, x, y, num_shards=2, vectorize=True))
+    other.step(Shards(other, twin, functional.mse_loss, x, y, num_shards=2, vectorize=True))
     assert_close(states(twin), states(model))
 
 
@@ -276,7 +254,7 @@ def test_identical_shards_are_sam():
     model, expected = network(), network()
     opt, sam = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, expected))
     shards = Shards(opt, model, loss_fn, x.repeat(4, 1, 1, 1), y.repeat(4), num_shards=4, vectorize=True)
-    vectorized_step(opt, shards)
+    opt.step(shards)
     sam.step(Shards(sam, expected, loss_fn, x, y, num_shards=1))
     assert_close(list(model.parameters()), list(expected.parameters()))
 
@@ -336,7 +314,7 @@ def test_channels_last_and_a_loss_that_is_a_module():
     inputs, targets = batch()
     opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
     last = inputs.to(memory_format=torch.channels_last)
-    loss = vectorized_step(opt, Shards(opt, model, nn.CrossEntropyLoss(), last, targets, num_shards=4, vectorize=True))
+    loss = opt.step(Shards(opt, model, nn.CrossEntropyLoss(), last, targets, num_shards=4, vectorize=True))
     expected = other.step(Shards(other, twin, functional.cross_entropy, inputs, targets, num_shards=4))
     assert_close((loss, states(model)), (expected, states(twin)))
 
@@ -346,7 +324,7 @@ def test_bfloat16_weights_are_perturbed_as_in_place():
     inputs, targets = batch(dtype=torch.bfloat16)
     opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
     opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2))
-    vectorized_step(other, Shards(other, twin, loss_fn, inputs, targets, num_shards=2, vectorize=True))
+    other.step(Shards(other, twin, loss_fn, inputs, targets, num_shards=2, vectorize=True))
     grads = [[w.grad.float() for w in one.parameters()] for one in (twin, model)]
     torch.testing.assert_close(*grads, rtol=0.05, atol=2e-3)
 
@@ -417,19 +395,21 @@ def tiny(norm):
     return nn.Sequential(nn.Conv2d(3, 2, 3, bias=False), norm, nn.Flatten(), nn.Linear(18, 3)).double()
 
 
+@pytest.mark.parametrize("vectorize", [True, False])
 @pytest.mark.parametrize("statistics", ["frozen", "update", "eval"])
-def test_compiled_steps_are_the_closures_steps_and_compile_once(statistics):
+def test_compiled_steps_are_the_closures_steps_and_compile_once(statistics, vectorize):
     model, twin = tiny(nn.BatchNorm2d(2)), tiny(nn.BatchNorm2d(2))
-    opt, other = (METHODS["ASAM"](one.parameters(), SGD, lr=0.1, momentum=0.9) for one in (model, twin))
+    opt = METHODS["ASAM"](model.parameters(), SGD, lr=0.1, momentum=0.9)
+    other = METHODS["ASAM"](twin.parameters(), SGD, lr=0.1, momentum=0.9, flat=True, fused=True)
 
     def step(seed, stance):
         options = {"num_shards": 4, "statistics": statistics}
         expected = opt.step(Shards(opt, model, loss_fn, *batch(seed), **options, vectorize=False))
         with torch.compiler.set_stance(stance):  # a new object each step: what is compiled must not be the object's
-            shards = Shards(
-                other, twin, lambda *outputs: loss_fn(*outputs), *batch(seed), **options, compile="aot_eager"
-            )
-            assert_close(vectorized_step(other, shards), expected)
+            own = {"vectorize": vectorize, "compile": "aot_eager"}
+            shards = Shards(other, twin, lambda *outputs: loss_fn(*outputs), *batch(seed), **options, **own)
+            assert shards.vectorized == vectorize
+            assert_close(other.step(shards), expected)
         assert_close(states(twin), states(model))
 
     step(0, "default")
@@ -459,6 +439,7 @@ def test_what_is_compiled_goes_with_its_model_and_does_not_count_against_others(
             model = nn.Sequential(nn.Flatten(), nn.Linear(75, width), nn.Linear(width, 3)).double()
             opt = SAM(model.parameters(), SGD, lr=0.1)
             shards = Shards(opt, model, loss_fn, *batch(), num_shards=2, compile="eager")
+            shards[0]()
             shards.gradients_at_w(list(model.parameters()))
             alive.append(weakref.ref(model))
     del model, opt, shards
@@ -466,6 +447,7 @@ def test_what_is_compiled_goes_with_its_model_and_does_not_count_against_others(
     assert not any(one() for one in alive)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it resumes after the break
 def test_a_model_that_cannot_be_compiled_whole_is_refused_by_torch():
     def breaks(outputs, targets):
         torch._dynamo.graph_break()
@@ -476,6 +458,17 @@ def test_a_model_that_cannot_be_compiled_whole_is_refused_by_torch():
     with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
         shards.gradients_at_w(list(model.parameters()))
     assert any("vectorize=False" in note for note in caught.value.__notes__)
+    assert shards[0]() == loss_fn(model(batch()[0][:6]), batch()[1][:6])  # a closure is compiled in parts
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_closures_that_cannot_be_compiled_run_as_they_are(second_order):
+    model = network("none")
+    given = model if second_order else torch.compile(model, backend="eager")
+    opt = SAM(model.parameters(), SGD, rho=0.1, second_order=second_order, lr=0.1)
+    # a backend that does not exist, for which torch.compile would raise
+    loss = opt.step(Shards(opt, given, loss_fn, *batch(), num_shards=2, compile="no such"))
+    assert_close(loss, loss_fn(network("none")(batch()[0]), batch()[1]).detach())
 
 
 # ------------------------------------------------------------------------------------------------- choice and refusals
@@ -493,8 +486,17 @@ def test_choice_by_shape():
     assert not made(large, num_shards=12).vectorized
     assert not made(small, num_shards=12, vectorize=False).vectorized
     assert made(large, num_shards=2, vectorize=True).vectorized
-    assert made(small, num_shards=2, compile=True).vectorized
+    assert made(small, num_shards=12, compile=True).vectorized
+    assert not made(small, num_shards=2, compile=True).vectorized
+    assert made(small, num_shards=2, compile=True, vectorize=True).vectorized
     assert not made(small, num_shards=9).vectorized  # ragged
+
+
+def test_a_scaler_is_refused():
+    model = network("none", torch.float32)
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    with pytest.raises(InputError, match="Shards"):
+        opt.step(made(model, opt, num_shards=2), scaler=torch.amp.GradScaler("cpu"))
 
 
 def with_layer(layer):
