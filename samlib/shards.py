@@ -259,8 +259,11 @@ def _compiled(function: FunctionType, model: nn.Module, backend: bool | str) -> 
     own = _kept.setdefault(model, {})
     if (function, backend) not in own:
         copied = FunctionType(function.__code__.replace(), function.__globals__)
+        whole = function is _differentiated
         options = {} if backend is True else {"backend": backend}
-        own[function, backend] = torch.compile(copied, fullgraph=function is _differentiated, dynamic=False, **options)
+        if whole and backend is True:  # channels last strides over all shards: 1.3 to 1.5 of SAM at 16 instead of 1.2
+            options = {"options": {"layout_optimization": False}}
+        own[function, backend] = torch.compile(copied, fullgraph=whole, dynamic=False, **options)
     return own[function, backend]
 
 
