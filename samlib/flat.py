@@ -5,6 +5,7 @@ stay those the model holds: their data become views of the long tensor, with the
 """
 
 import operator
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,10 @@ ELEMENTWISE = {
 }
 
 State = dict[Tensor, dict[str, Any]]
+
+
+class DifferentStatesError(Exception):
+    """The parameters of a bucket differ in what they should have in common."""
 
 
 class Member(NamedTuple):
@@ -59,6 +64,8 @@ class Bucket:
         self.flat = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
         self._gradient = torch.zeros(size, dtype=dtype, device=device)
         self._gradient_views = self.views(self._gradient)
+        self._gradient_addresses = [view.data_ptr() for view in self._gradient_views]
+        self._handed_out = self.views(self._gradient)  # others may do with these as they like
         self.shown = False  # by the last pass: whether the parameters' gradients are these views
         for tensor, view in zip(tensors, self.views(self.flat.data), strict=True):
             tensor.data = view.copy_(tensor.data)
@@ -72,8 +79,11 @@ class Bucket:
         ]
 
     def holds(self) -> bool:
-        """Whether the parameters still are views of `flat`: a model that was moved or converted has new data."""
-        return [tensor.data_ptr() for tensor in self.tensors] == self._addresses
+        """Whether the parameters still are views of `flat`, all of them trained: a model that was moved or converted
+        has new data."""
+        return [tensor.data_ptr() for tensor in self.tensors] == self._addresses and all(
+            tensor.requires_grad for tensor in self.tensors
+        )
 
     def gather(self) -> bool:
         """Brings the parameters' gradients together in `flat.grad`; None if no parameter has one.
@@ -82,7 +92,7 @@ class Bucket:
             False, with nothing done, if some parameters have a dense gradient and others have not.
         """
         grads = [tensor.grad for tensor in self.tensors]
-        self.shown = all(map(operator.is_, grads, self._gradient_views))
+        self.shown = self._are_views(grads)
         if self.shown:
             self._give_gradient()
         elif all(grad is None for grad in grads):
@@ -107,15 +117,23 @@ class Bucket:
     def clear(self) -> None:
         """Sets the gradients to zero, as views of `flat.grad`."""
         self._gradient.zero_()
-        if not all(map(operator.is_, (tensor.grad for tensor in self.tensors), self._gradient_views)):
+        if not self._are_views([tensor.grad for tensor in self.tensors]):
             self._show()
 
     def _give_gradient(self) -> None:
         if self.flat.grad is not self._gradient:  # torch.compile takes no assignment, not even one that changes nothing
             self.flat.grad = self._gradient
 
+    def _are_views(self, grads: Sequence[Tensor | None]) -> bool:
+        if not all(map(operator.is_, grads, self._handed_out)):
+            return False
+        # the data of a gradient may have been exchanged; torch.compile cannot look at addresses
+        return torch.compiler.is_compiling() or [grad.data_ptr() for grad in grads] == self._gradient_addresses
+
     def _show(self) -> None:
-        for tensor, view in zip(self.tensors, self._gradient_views, strict=True):
+        if [view.data_ptr() for view in self._handed_out] != self._gradient_addresses:
+            self._handed_out = self.views(self._gradient)
+        for tensor, view in zip(self.tensors, self._handed_out, strict=True):
             tensor.grad = view
 
 
@@ -133,11 +151,12 @@ class FlatBuffers:
         members: buckets first, then the parameters that stay by themselves.
 
     Raises:
-        ValueError: the parameters of a bucket have states that differ, as after steps that not all of them took.
+        DifferentStatesError: as after steps that not all parameters took.
     """
 
     def __init__(self, members: Sequence[Member], optimizer: Optimizer) -> None:
-        elementwise = type(optimizer) in ELEMENTWISE
+        # with eps = 0 the update of what lies between the views would be 0 / 0
+        elementwise = type(optimizer) in ELEMENTWISE and all(group.get("eps") != 0 for group in optimizer.param_groups)
         together, self._alone = _sorted(members)
         joined = [_joined(group, optimizer.state) if elementwise else {} for group in together]  # before any change
         self.buckets = [Bucket([one.tensor for one in group]) for group in together]
@@ -150,8 +169,11 @@ class FlatBuffers:
         if self._twin is not None:
             self._show_state(optimizer.state)
 
-    def holds(self) -> bool:
-        return all(bucket.holds() for bucket in self.buckets)
+    def holds(self, state: State) -> bool:
+        """Whether parameters and state still are views of the buffers, as far as a look at the first ones tells."""
+        return all(bucket.holds() for bucket in self.buckets) and (
+            self._twin is None or all(state.get(tensor) is shown for tensor, shown in self._first_states)
+        )
 
     def gather(self) -> bool:
         return all(bucket.gather() for bucket in self.buckets)
@@ -179,7 +201,7 @@ class FlatBuffers:
     def stand_in(self, base: Optimizer) -> Optimizer:
         """The optimiser to step instead of `base`: one with the long tensors for parameters and the settings and hooks
         that `base` has now, or, where its update is not elementwise, `base` itself. The parameters' gradients become
-        views of the long ones, so that every hook finds them where it looks."""
+        views of the long ones, so that hooks and others find them where they look."""
         for bucket in self.buckets:
             bucket.show()
         if self._twin is None:
@@ -190,19 +212,31 @@ class FlatBuffers:
                     group[name] = value
         return self._twin
 
-    def stepped(self, base: Optimizer) -> None:
-        """To be called after a step of the stand-in: shows `base` the state."""
-        if self._twin is not None:
-            state = self._twin.state
-            base.state.update({one.tensor: state[one.tensor] for one in self._alone if one.tensor in state})
-            self._show_state(base.state)
-            base._opt_called = True  # the mark by which a scheduler knows that the optimiser stepped before it
+    def before_step(self, base: Optimizer) -> None:
+        """Calls the hooks of `base`, which may exchange the gradients."""
+        hooks = [] if self._twin is None else list(base._optimizer_step_pre_hooks.values())
+        for hook in hooks:
+            hook(base, (), {})
+        if hooks:
+            self.gather()
+
+    def after_step(self, base: Optimizer) -> None:
+        """Shows `base` the state, and calls its hooks."""
+        if self._twin is None:
+            return
+        state = self._twin.state
+        base.state.update({one.tensor: state[one.tensor] for one in self._alone if one.tensor in state})
+        self._show_state(base.state)
+        base._opt_called = True  # the mark by which a scheduler knows that the optimiser stepped before it
+        for hook in base._optimizer_step_post_hooks.values():
+            hook(base, (), {})
 
     # ------------------------------------------------------------------------------- the state of the base optimiser
 
     def _make_twin(self, base: Optimizer, joined: Sequence[dict[str, Any]]) -> Optimizer:
-        twin = object.__new__(type(base))  # copy.copy would leave the hooks out
+        twin = object.__new__(type(base))
         twin.__dict__.update({name: value for name, value in base.__dict__.items() if name != "step"})  # a scheduler's
+        twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
         twin.param_groups = [
             {**group, "params": [one.tensor for one in self.members if one.group is group]}
             for group in base.param_groups
@@ -226,6 +260,7 @@ class FlatBuffers:
             parts = {name: bucket.views(value) for name, value in whole.items() if _is_per_entry(value, bucket.flat)}
             for index, tensor in enumerate(bucket.tensors):
                 state[tensor] = {name: parts[name][index] if name in parts else whole[name] for name in whole}
+        self._first_states = [(bucket.tensors[0], state.get(bucket.tensors[0])) for bucket in self.buckets]
 
 
 def own_state(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
@@ -244,7 +279,8 @@ def _sorted(members: Sequence[Member]) -> tuple[list[list[Member]], list[Member]
     for member in members:
         tensor = member.tensor
         # an empty tensor of the same strides: neither gaps nor overlaps within it
-        dense = tensor.dim() > 0 and tensor.numel() > 0 and torch.empty_like(tensor).stride() == tensor.stride()
+        like = torch.empty_like(tensor, device="meta")
+        dense = tensor.dim() > 0 and tensor.numel() > 0 and like.stride() == tensor.stride()
         if tensor.requires_grad and dense and tensor not in overlapping:
             key = (id(member.group), tensor.dtype, tensor.device, member.perturbed, member.scaled)
             together.setdefault(key, []).append(member)
@@ -257,10 +293,12 @@ def _overlapping(tensors: Sequence[Tensor]) -> set[Tensor]:
     """Those that share memory with another."""
     found, last, end = set(), None, 0
     for tensor in sorted(tensors, key=Tensor.data_ptr):
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        extent = tensor.itemsize * (1 + sum((size - 1) * stride for size, stride in steps)) if tensor.numel() else 0
         if last is not None and tensor.data_ptr() < end:
             found |= {last, tensor}
-        if last is None or tensor.data_ptr() + tensor.nbytes > end:
-            last, end = tensor, tensor.data_ptr() + tensor.nbytes
+        if last is None or tensor.data_ptr() + extent > end:
+            last, end = tensor, tensor.data_ptr() + extent
     return found
 
 
@@ -268,11 +306,11 @@ def _joined(members: Sequence[Member], state: State) -> dict[str, list[Tensor] |
     """The state of a bucket's parameters by name: a list of tensors, one per parameter, or what all have in common.
 
     Raises:
-        ValueError: they differ in what they should have in common.
+        DifferentStatesError: they differ in what they should have in common.
     """
     states = [state.get(member.tensor, {}) for member in members]
     if any(one.keys() != states[0].keys() for one in states):
-        raise ValueError("the parameters of a bucket have different kinds of state")
+        raise DifferentStatesError("the parameters of a bucket have different kinds of state")
     joined: dict[str, Any] = {}
     for name, first in states[0].items():
         values = [one[name] for one in states]
@@ -281,7 +319,7 @@ def _joined(members: Sequence[Member], state: State) -> dict[str, list[Tensor] |
         elif all(_equal(value, first) for value in values):
             joined[name] = first.clone() if isinstance(first, Tensor) else first
         else:
-            raise ValueError(f"the parameters of a bucket have a different {name!r}")
+            raise DifferentStatesError(f"the parameters of a bucket have a different {name!r}")
     return joined
 
 

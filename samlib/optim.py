@@ -21,11 +21,13 @@ Inside a closure `opt.at_perturbed_point` says whether the weights are perturbed
 is a further pass after one at w. They differ for AverageSAM, whose only pass is perturbed. The second is what batch
 norm has to know (`samlib.batchnorm.second_pass`).
 
-Speed. On a GPU a step waits for the device once or twice, to learn whether the gradients are finite; with
-`fused=True` for the base optimiser it never does. `SAM(flat=True)` makes the number of operations independent of the
-number of tensors, `samlib.shards.Shards` runs the shards of mSAM side by side. `lr` and `rho` may be tensors without
-axes on the device, which schedulers change in place: then a whole step can be captured in one `torch.cuda.CUDAGraph`,
-after two or more steps of warm-up, with a fused base optimiser, `ascent_every=1` and without `second_order`.
+Speed. On a GPU a step waits for the device once for each ascent and once more, to learn whether gradients are finite;
+with `fused=True` for the base optimiser, and no GradScaler, it never does. `SAM(flat=True)` makes the number of
+operations independent of the number of tensors, `samlib.shards.Shards` runs the shards of mSAM side by side. `lr` and
+`rho` may be tensors without axes on the device, which schedulers change in place (a number is frozen in a graph): then
+a whole step can be captured in one `torch.cuda.CUDAGraph`, after two or more steps of warm-up, with a fused base
+optimiser (Adam's also `capturable`), `ascent_every=1`, without `second_order` or a GradScaler, and not for AverageSAM,
+whose generator no graph advances.
 `torch.compile(opt.first_step, fullgraph=True)` and the same of `second_step` work from the second step on (with `flat`,
 clear gradients by `zero_grad(set_to_none=False)`; hooks of the base optimiser are not called).
 """
@@ -45,7 +47,7 @@ from torch.autograd import _unsafe_preserve_version_counter as preserve_version
 from torch.optim import Optimizer
 
 from samlib.errors import InputError
-from samlib.flat import FlatBuffers, Member, own_state
+from samlib.flat import DifferentStatesError, FlatBuffers, Member, own_state
 
 Closure = Callable[[], Tensor | float]
 Pass = Callable[[], Tensor | float]  # runs one or more closures and leaves a gradient
@@ -72,7 +74,8 @@ class SAM(Optimizer):
     perturbation; a tensor whose gradient is None in the first pass is not perturbed. If the norm of an ascent gradient
     or an entry of the descent's is not finite, the weights stay at w, neither the closures that remain nor the base
     optimiser are called, and `skipped_steps` grows by one. On a GPU with a fused base optimiser nobody waits to know:
-    the remaining closures are called, at weights that are not finite either, and the optimiser's kernel skips.
+    the remaining closures are called, at weights that are not finite either, and the optimiser's kernel skips. Batch
+    norm's running statistics are then lost, if such a pass updates them ("frozen" in `samlib.batchnorm` does not).
 
     Args:
         params: parameters, named parameters or groups, as for every torch optimiser; dense, real, on one device. A
@@ -170,6 +173,8 @@ class SAM(Optimizer):
         super().__init__(params, {"rho": rho})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         _check_base(self.base_optimizer)
+        for group in self.base_optimizer.param_groups:
+            _check_group({"rho": rho, **group})
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, "rho": rho}
         self._check_filters()
@@ -195,10 +200,18 @@ class SAM(Optimizer):
         """
         if not isinstance(base_optimizer, Optimizer):
             raise InputError(f"base_optimizer = {base_optimizer!r}: around() takes an optimizer, not its class")
+        if isinstance(base_optimizer, SAM):
+            raise InputError("base_optimizer is a SAM already: pass its `base_optimizer`")
+
+        def existing(_: Any, **base_kwargs: Any) -> Optimizer:
+            for name in base_kwargs:
+                raise InputError(f"{name} is no setting of {cls.__name__}: set it in the optimizer's param_groups")
+            return base_optimizer
+
         groups = [
             {name: value for name, value in group.items() if name != "rho"} for group in base_optimizer.param_groups
         ]
-        opt = cls(groups, lambda _: base_optimizer, *arguments, **settings)
+        opt = cls(groups, existing, *arguments, **settings)
         for group in opt.param_groups:
             group["rho"] = opt.defaults["rho"]
         opt.state.update(own_state(opt.state))
@@ -258,9 +271,10 @@ class SAM(Optimizer):
                 "step() was called between first_step() and second_step(): finish with second_step(), or go back with "
                 "cancel_step()"
             )
+        self._restore()  # in case an interrupt fell into the restoring of the step before
         self._prepare()
         self._now.norms.clear()
-        self._now.is_first_pass = True
+        self._now.is_first_pass, self._now.scaler = True, scaler
         passes = [partial(self._evaluate, one) for one in closures]
         shard = partial(self._shard, scaler=scaler, no_sync=no_sync, replay_rng=replay_rng)
         at_once = getattr(closure, "vectorized", False) and self._has_ascent and no_sync is None and not replay_rng
@@ -329,9 +343,10 @@ class SAM(Optimizer):
         """
         if self._now.first_step_was_finite is None:
             raise RuntimeError("second_step() was called without first_step()")
-        finite = self._now.first_step_was_finite
+        finite, norms = self._now.first_step_was_finite, list(self._now.norms)
         self._gather()
         self.cancel_step()
+        self._now.norms.extend(norms)
         self._finish(finite, None)
         self._opt_called = True  # the mark by which a scheduler knows that the optimiser stepped before it
         if zero_grad:
@@ -346,6 +361,7 @@ class SAM(Optimizer):
             self._now.poison = None
         self._restore()
         self._now.first_step_was_finite = None
+        self._now.norms.clear()
 
     @torch.no_grad()
     def perturbation(self) -> list[Tensor]:
@@ -391,10 +407,11 @@ class SAM(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`. With `flat`, `set_to_none=False` is one operation and the next
         backward pass adds straight into the buffer; a tensor it does not reach then has a gradient of 0, not None."""
-        if set_to_none or self._layout is None or self._layout.buffers is None:
+        buffers = None if self._layout is None else self._layout.buffers
+        if set_to_none or buffers is None or not (torch.compiler.is_compiling() or buffers.holds(self.state)):
             super().zero_grad(set_to_none)
         else:
-            self._layout.buffers.clear()
+            buffers.clear()
 
     # ---------------------------------------------------------------------------------------------- groups and state
 
@@ -418,8 +435,17 @@ class SAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave: groups (lr, rho, ...), momentum and counters. The other settings are the
         constructor's. The state of a bare base optimiser is taken too: its groups get the constructor's rho, and
-        the counters stay. A step that was begun is cancelled."""
-        self.cancel_step()
+        the counters stay.
+
+        Raises:
+            RuntimeError: called between `first_step` and `second_step`.
+            InputError: a state of another class.
+        """
+        if self._now.first_step_was_finite is not None:
+            raise RuntimeError(
+                "load_state_dict() was called between first_step() and second_step(): cancel_step() first"
+            )
+        self._check_own_state(state_dict.get("sam", {}))
         super().load_state_dict(state_dict)
         if "sam" in state_dict:
             self._load_own_state(state_dict["sam"])
@@ -444,8 +470,13 @@ class SAM(Optimizer):
     def _own_state(self) -> dict[str, Any]:
         return {"steps": self._now.steps, "skipped_steps": self.skipped_steps}
 
+    def _check_own_state(self, state: dict[str, Any]) -> None:
+        pass
+
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        self._now.steps, self._now.skipped, self._now.skipped_on_device = state["steps"], state["skipped_steps"], None
+        self._now.steps, self._now.skipped = state["steps"], state["skipped_steps"]
+        if self._now.skipped_on_device is not None:
+            self._now.skipped_on_device.zero_()
 
     # ---------------------------------------------------------------------------------------------- ascent and descent
 
@@ -488,8 +519,9 @@ class SAM(Optimizer):
         """Both passes of a `samlib.shards.Shards` for all shards together, each with its own eps in between. Leaves the
         mean of the gradients, returns that of the losses at w."""
         trained = [member.tensor for member in self._layout.parameters if member.tensor.requires_grad]
+        super().zero_grad()
         losses, grads = shards.gradients_at_w(trained)
-        loss = (losses * losses.new_tensor(shares)).sum()
+        loss = sum(share * one for share, one in zip(shares, losses.unbind(), strict=True))
         weights, rho = map(list, zip(*self._perturbable(self._layout.parameters), strict=True))
         scale, of = self._scales(weights), dict(zip(trained, grads, strict=True))
         eps = []
@@ -611,7 +643,9 @@ class SAM(Optimizer):
     def _clear_used_gradients(self) -> None:
         """For a closure that does not clear them, since whoever calls `step` does so after it."""
         buffers = self._layout.buffers
-        if buffers is None or not buffers.are_shown():  # else whoever bound them clears them
+        if buffers is not None and buffers.are_shown():
+            buffers.clear()
+        else:
             super().zero_grad()
 
     def _mean(self, passes: Sequence[Pass], shares: Sequence[float]) -> Tensor | float:
@@ -639,23 +673,26 @@ class SAM(Optimizer):
             scaler.unscale_(base)  # takes note of an inf, for scaler.update()
         grads = _dense([w.grad for w in self._tensors() if w.grad is not None])
         found_inf = _found_inf([*grads, *self._now.norms], self._now.one)
-        if not self._waits():
-            self._step_or_skip_on_device(base, found_inf)
-        elif ascent_was_finite and not found_inf:
-            base.step()
-            self._now.base_has_stepped = True
-        else:
+        waits = self._waits()
+        if waits and not (ascent_was_finite and not found_inf):
             self._now.skipped += 1
-        if buffers is not None:
-            buffers.stepped(self.base_optimizer)
+        else:
+            if buffers is not None:
+                buffers.before_step(self.base_optimizer)
+            if waits:
+                base.step()
+                self._now.base_has_stepped = True
+            else:
+                self._step_or_skip_on_device(base, found_inf)
+            if buffers is not None:
+                buffers.after_step(self.base_optimizer)
         self._now.norms.clear()
+        self._now.scaler = None
         torch.clear_autocast_cache()
 
     def _step_or_skip_on_device(self, base: Optimizer, found_inf: Tensor) -> None:
         """Hands the flag to a fused base optimiser, whose kernel then skips. Any other one steps: the weights are lost,
         and `skipped_steps` tells."""
-        if self._now.skipped_on_device is None:
-            self._now.skipped_on_device = torch.zeros_like(found_inf)
         self._now.skipped_on_device.add_(found_inf)
         if torch.compiler.is_compiling():
             # torch breaks the graph around `step`; what it wraps is the update alone, without hooks
@@ -671,16 +708,19 @@ class SAM(Optimizer):
 
     @property
     def _base_skips(self) -> bool:
-        return getattr(self.base_optimizer, "_step_supports_amp_scaling", False)
+        base = self.base_optimizer  # a loaded state may have brought groups that are not fused
+        return getattr(base, "_step_supports_amp_scaling", False) and all(g.get("fused") for g in base.param_groups)
 
     def _waits(self) -> bool:
         """Whether the step asks the device if a gradient is finite, and waits for the answer: not while it is captured
         or compiled, nor where a fused base optimiser can skip by itself. That one's first step waits all the same,
-        since torch leaves new momentum uninitialised when it skips."""
+        since torch leaves new momentum uninitialised when it skips; and with a GradScaler, where overflow is normal,
+        every step does, so that no pass runs at weights that are not finite."""
         device = self._device()
         if _is_recorded(device):
             return False
-        return device.type == "cpu" or not (self._base_skips and self._now.base_has_stepped)
+        skips = self._now.base_has_stepped and self._base_skips and self._now.scaler is None
+        return device.type == "cpu" or not skips
 
     # ---------------------------------------------------------------------------------------------- what is perturbed
 
@@ -688,18 +728,31 @@ class SAM(Optimizer):
         """Settles what a step works on: the parameters or, with `flat`, the buffers that hold them."""
         if torch.compiler.is_compiling() and self._layout is not None:
             return
+        self._share_with_base()
         if self._now.one is None or self._now.one.device != self._device():
             self._now.one = torch.ones((), device=self._device())
+            self._now.skipped_on_device = torch.zeros((), device=self._device())
             self._now.tiny = {
                 dtype: torch.tensor(torch.finfo(dtype).tiny, dtype=dtype, device=self._device())
                 for dtype in (torch.float32, torch.float64)
             }
-        groups = [(id(group), len(group["params"])) for group in self.param_groups]
+        groups = [(id(group), *map(id, group["params"])) for group in self.param_groups]
         if self._layout is None or self._layout.groups != groups:
             self._layout = _Layout.of(groups, self._parameters())
         buffers = self._layout.buffers
-        if self.flat and (buffers is None or not buffers.holds()):
+        if buffers is not None and not self.flat:
+            self._give_up_buffers()
+        if self.flat and (buffers is None or not buffers.holds(self.state)):
             self._flatten()
+
+    def _share_with_base(self) -> None:
+        """Takes over what the base optimiser was given behind this object's back, by a `load_state_dict` of its own."""
+        base = self.base_optimizer
+        if self.param_groups is not base.param_groups or self.state is not base.state:
+            self.param_groups, self.state, self._layout = base.param_groups, base.state, None
+            self._now.base_has_stepped = bool(base.state)
+        for group in self.param_groups:
+            group.setdefault("rho", self.defaults["rho"])
 
     def _parameters(self) -> list[Member]:
         def chosen(choice: TensorFilter | None, w: Tensor) -> bool:
@@ -715,7 +768,7 @@ class SAM(Optimizer):
         self.state.update(own_state(self.state))
         try:
             buffers = FlatBuffers(self._layout.parameters, self.base_optimizer)
-        except ValueError:  # the state differs from tensor to tensor
+        except DifferentStatesError:
             self.flat, buffers = False, None
         self._layout = _Layout.of(self._layout.groups, self._layout.parameters, buffers)
 
@@ -723,8 +776,12 @@ class SAM(Optimizer):
         """Brings the gradients of a pass together, or gives the buffers up where it did not reach all tensors."""
         buffers = self._layout.buffers
         if buffers is not None and not buffers.gather():
-            self.state.update(own_state(self.state))
-            self.flat, self._layout = False, _Layout.of(self._layout.groups, self._layout.parameters)
+            self.flat = False
+            self._give_up_buffers()
+
+    def _give_up_buffers(self) -> None:
+        self.state.update(own_state(self.state))
+        self._layout = _Layout.of(self._layout.groups, self._layout.parameters)
 
     def _ascends(self) -> bool:
         return self._now.steps % self.ascent_every == 0 and bool(self._perturbable(self._layout.members))
@@ -799,7 +856,7 @@ class SAM(Optimizer):
         for name in ("eta", "norm_eps"):
             _check_not_negative(name, getattr(self, name))
         for name in ("inner_steps", "ascent_every"):
-            if not isinstance(count := getattr(self, name), int) or count < 1:
+            if type(count := getattr(self, name)) is not int or count < 1:
                 raise InputError(f"Invalid {name} value: {count}: it must be a whole number of 1 or more")
         if not self.adaptive and (self.eta or self.scale_filter):
             raise InputError("eta and scale_filter act only with adaptive=True: set it, use ASAM, or leave them out")
@@ -809,7 +866,10 @@ class SAM(Optimizer):
             raise InputError("flat=True excludes second_order and inner_steps > 1: leave one of them out")
         if self.second_order and (self.inner_steps > 1 or 2 < self.p < math.inf):
             # at p between 2 and inf, d eps / d g is infinite wherever an entry of g is 0
-            raise InputError("second_order=True needs inner_steps=1 and p at most 2, or inf")
+            raise InputError(
+                f"second_order=True with inner_steps={self.inner_steps} and p={self.p}: it needs inner_steps=1 and p at"
+                " most 2, or inf"
+            )
 
     def _check_filters(self) -> None:
         for name in ("perturb_filter", "scale_filter"):
@@ -968,6 +1028,10 @@ class AverageSAM(SAM):
     def _own_state(self) -> dict[str, Any]:
         return {**super()._own_state(), "generator": self._own_generator().get_state()}
 
+    def _check_own_state(self, state: dict[str, Any]) -> None:
+        if state and "generator" not in state:
+            raise InputError("state_dict is of another class: an AverageSAM's has the state of its generator")
+
     def _load_own_state(self, state: dict[str, Any]) -> None:
         super()._load_own_state(state)
         self._own_generator().set_state(state["generator"].cpu())  # a generator's state is a CPU tensor
@@ -1045,8 +1109,10 @@ def project(u: Sequence[Tensor], p: float = 2.0) -> list[Tensor]:
     return _multiplied(u, global_norm(u, p).clamp(min=1.0).reciprocal())
 
 
-def stretch(u: Sequence[Tensor], scale: Sequence[Tensor | None], rho: float | Sequence[float]) -> list[Tensor]:
+def stretch(u: Sequence[Tensor], scale: Sequence[Tensor | None], rho: Radius | Sequence[Radius]) -> list[Tensor]:
     """rho T u, with one rho for all or one per tensor."""
+    if isinstance(rho, Sequence) and any(isinstance(one, Tensor) for one in rho):
+        return _times([t * one for t, one in zip(u, rho, strict=True)], scale)
     return _times(torch._foreach_mul(u, rho), scale)
 
 
@@ -1186,6 +1252,7 @@ class _Now:
     skipped_on_device: Tensor | None = None
     saved: _Saved | None = None  # while the weights are perturbed
     is_first_pass: bool = True  # in `step`
+    scaler: torch.amp.GradScaler | None = None  # in `step`
     first_step_was_finite: bool | None = None  # between first_step and second_step
     poison: ExitStack | None = None  # likewise
     norms: list[Tensor] = field(default_factory=list)  # of this step's ascents, as far as they were not read
@@ -1196,7 +1263,7 @@ class _Now:
 class _Layout(NamedTuple):
     """What a step works on."""
 
-    groups: list[tuple[int, int]]  # identity and length of each, by which a change is noticed
+    groups: list[tuple[int, ...]]  # identities of each and of its tensors, by which a change is noticed
     parameters: list[Member]
     members: list[Member]  # the parameters, or the flat buffers in their place
     scaled: dict[Tensor, bool]
@@ -1204,7 +1271,7 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(
-        cls, groups: list[tuple[int, int]], parameters: list[Member], buffers: FlatBuffers | None = None
+        cls, groups: list[tuple[int, ...]], parameters: list[Member], buffers: FlatBuffers | None = None
     ) -> "_Layout":
         members = parameters if buffers is None else buffers.members
         scaled = {member.tensor: member.scaled for member in (*parameters, *members)}
@@ -1238,7 +1305,7 @@ def _fit(copies: list[Tensor], copied: list[Tensor], weights: list[Tensor]) -> b
     return (
         len(copied) == len(weights)
         and all(map(operator.is_, copied, weights))
-        and [copy.dtype for copy in copies] == [w.dtype for w in weights]
+        and [(copy.dtype, copy.shape) for copy in copies] == [(w.dtype, w.shape) for w in weights]
     )
 
 
@@ -1309,7 +1376,8 @@ def _dense(grads: list[Tensor]) -> list[Tensor]:
 
 
 def _check_not_negative(name: str, value: Any) -> None:
-    if not isinstance(value, int | float | Tensor) or not 0 <= value < math.inf:
+    single = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not single or not 0 <= value < math.inf:
         raise InputError(f"Invalid {name} value: {value!r}: it must be 0 or a positive number")
 
 
@@ -1317,12 +1385,12 @@ def _check_base(base: Optimizer) -> None:
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise InputError(f"base_optimizer = {type(base).__name__} calls a closure itself: use one that takes gradients")
-    if any(group.get("maximize") for group in base.param_groups):
-        raise InputError("maximize=True: SAM climbs what the base optimiser descends. Leave it out and negate the loss")
 
 
 def _check_group(group: dict[str, Any]) -> None:
     _check_not_negative("rho", group["rho"])
+    if group.get("maximize"):
+        raise InputError("maximize=True: SAM climbs what the base optimiser descends. Leave it out and negate the loss")
     params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
     for param in params:
         tensor = param[1] if isinstance(param, tuple) else param  # named parameters are pairs

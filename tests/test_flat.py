@@ -534,3 +534,171 @@ def test_both_halves_of_a_step_compile_without_a_break_and_once(cls, flat, base,
     assert max(seen) <= 3
     close(models[1].parameters(), models[0].parameters(), tolerance)
     torch.compiler.reset()
+
+
+# ------------------------------------------------------------------------------- what others may do with views of ours
+
+
+def both(train_, **settings):
+    """The parameters after the same training with single tensors and with flat buffers; they must be close."""
+    ends = []
+    for flat in (False, True):
+        model = network()
+        opt = SAM(model.parameters(), SGD, lr=0.1, momentum=0.9, flat=flat, **settings)
+        train_(opt, model)
+        ends.append(list(model.parameters()))
+    close(ends[1], ends[0])
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_data_of_a_gradient_may_be_exchanged(set_to_none):
+    def train_(opt, model):
+        for step in range(6):
+            train(opt, model, 1, step, set_to_none=set_to_none)
+            for w in model.parameters():
+                w.grad.data = w.grad.data.clone()
+
+    both(train_)
+
+
+def test_gradients_may_be_cleared_after_the_step_in_place():
+    def train_(opt, model):
+        inputs = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+        def closure():
+            loss = (model(inputs) - 1).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            opt.step(closure)
+            opt.zero_grad(set_to_none=False)
+
+    both(train_)
+
+
+def test_a_hook_may_exchange_gradients_and_sees_the_base_optimiser():
+    def train_(opt, model):
+        seen = []
+
+        def hook(optimizer, args, kwargs):
+            seen.append(optimizer)
+            for w in model.parameters():
+                w.grad = w.grad * 0.5
+
+        opt.base_optimizer.register_step_pre_hook(hook)
+        opt.base_optimizer.register_step_post_hook(lambda optimizer, *_: seen.append(optimizer))
+        train(opt, model, 4)
+        assert seen == [opt.base_optimizer] * 8
+
+    both(train_)
+
+
+def test_the_base_optimiser_may_load_a_state_and_its_momentum_may_be_dropped():
+    def train_(opt, model):
+        train(opt, model, 2)
+        state = copy.deepcopy(opt.base_optimizer.state_dict())
+        train(opt, model, 2, first=2)
+        opt.base_optimizer.load_state_dict(state)
+        opt.param_groups[0]["lr"] = 0.3
+        train(opt, model, 2, first=4)
+        opt.param_groups[0]["lr"] = 0.05
+        opt.state.clear()
+        train(opt, model, 2, first=6)
+        assert len(opt.state_dict()["state"]) == 6
+
+    both(train_)
+
+
+def test_a_model_converted_between_the_halves_of_the_two_step_form():
+    def train_(opt, model):
+        for step in range(4):
+            for half in (opt.first_step, opt.second_step):
+                closure = closure_of(opt, model, step, set_to_none=False)
+                closure()
+                half()
+            model.float().double()
+
+    both(train_)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("cls", [SAM, AverageSAM])
+def test_a_layer_frozen_in_mid_training_is_not_perturbed(cls, set_to_none):
+    model = network()
+    opt = cls(model.parameters(), SGD, lr=0.1, flat=True)
+    train(opt, model, 2, set_to_none=set_to_none)
+    model[0].requires_grad_(False)
+    opt.zero_grad()
+    frozen, seen = copy.deepcopy(model[0].weight), []
+    closure = closure_of(opt, model, set_to_none=set_to_none)
+
+    def look():
+        seen.append(torch.equal(model[0].weight, frozen))
+        return closure()
+
+    for _ in range(2):
+        opt.step(look)
+    assert all(seen)
+    assert torch.equal(model[0].weight, frozen)
+
+
+def test_a_layer_that_is_exchanged_in_a_group_is_trained_and_perturbed():
+    def train_(opt, model):
+        train(opt, model, 2)
+        model[0] = nn.Linear(5, 5, dtype=torch.float64)
+        with torch.no_grad():
+            for w in model[0].parameters():
+                w.fill_(0.1)
+        opt.param_groups[0]["params"][:2] = list(model[0].parameters())
+        train(opt, model, 2, first=2)
+        assert not torch.equal(model[0].weight, torch.full_like(model[0].weight, 0.1))
+
+    both(train_)
+
+
+def test_flat_buffers_can_be_given_up_by_hand():
+    def train_(opt, model):
+        train(opt, model, 2)
+        opt.flat = False
+        model.float().double()
+        train(opt, model, 2, first=2)
+        assert not is_flat(opt)
+
+    both(train_)
+
+
+def test_an_update_without_eps_does_not_touch_what_lies_between_the_views():
+    ends = []
+    for flat in (False, True):
+        model = network()
+        opt = ASAM(model.parameters(), torch.optim.Adam, lr=0.01, eps=0.0, flat=flat)
+        train(opt, model, 4)
+        assert opt.skipped_steps == 0
+        ends.append(list(model.parameters()))
+    close(ends[1], ends[0])
+
+
+def test_strided_parameters_that_share_memory_stay_tied():
+    memory = torch.ones(9, dtype=torch.float64)
+    a, b = nn.Parameter(memory[::2]), nn.Parameter(memory[4:5])
+    opt = SAM([a, b], SGD, lr=0.1, flat=True)
+
+    def closure():
+        opt.zero_grad()
+        loss = a.square().sum() + b.square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert a[2] == b[0]
+
+
+def test_a_fused_optimiser_that_loads_a_state_that_is_not_does_not_skip_by_itself(recorded):
+    model, other = network(), network()
+    plain = SAM(other.parameters(), SGD, lr=0.1, momentum=0.9)
+    train(plain, other, 1)
+    opt = SAM(model.parameters(), SGD, lr=0.1, momentum=0.9, fused=True)
+    opt.load_state_dict(plain.state_dict())
+    train(opt, model, 2)
+    assert opt.skipped_steps == 0

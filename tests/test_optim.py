@@ -6,6 +6,7 @@ import math
 import os
 import socket
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 from samlib.batchnorm import second_pass
 from samlib.errors import InputError
 from samlib.optim import ASAM, SAM, AverageSAM, dual_vector, global_norm, perturbation, project
+from samlib.shards import Shards
 
 SGD = torch.optim.SGD
 CURVATURE = torch.tensor([1.0, 10.0], dtype=torch.float64)
@@ -1450,15 +1452,17 @@ def test_a_scaler_that_steps_by_itself_is_refused():
     assert (w < 1).all()
 
 
-def test_loading_cancels_a_step_that_was_begun():
+def test_loading_is_refused_in_the_middle_of_a_step():
     w = parameter(1.0, 1.0)
     opt = SAM([w], SGD, lr=0.1)
     state = opt.state_dict()
     quadratic(opt, w)()
     opt.first_step()
+    with pytest.raises(RuntimeError, match=r"cancel_step\(\) first"):
+        opt.load_state_dict(state)
+    opt.cancel_step()
     opt.load_state_dict(state)
     assert torch.equal(w, torch.ones(2).double())
-    assert not opt.at_perturbed_point
 
 
 def test_a_second_order_closure_that_calls_backward_is_refused():
@@ -1543,3 +1547,42 @@ def test_a_wrapped_optimiser_keeps_its_groups_and_takes_the_radius_given_last():
     assert [group["rho"] for group in SAM.around(sgd, rho=0.2).param_groups] == [0.2, 0.2]
     with pytest.raises(InputError, match="rho value"):
         SAM.around(sgd, rho=-1)
+    with pytest.raises(InputError, match="lr is no setting of SAM"):
+        SAM.around(sgd, lr=0.1)
+    with pytest.raises(InputError, match="not its class"):
+        SAM.around(SGD)
+    with pytest.raises(InputError, match="a SAM already"):
+        SAM.around(opt)
+
+
+def test_groups_may_have_a_radius_that_is_a_number_and_one_that_is_a_tensor():
+    ends = []
+    for one, other in ((0.1, 0.2), (torch.tensor(0.1, dtype=torch.float64), 0.2)):
+        model = network()
+        first, *rest = model.parameters()
+        opt = SAM([{"params": [first], "rho": one}, {"params": rest, "rho": other}], SGD, p=1.5, lr=0.1)
+        train(opt, model, 2)
+        ends.append([*model.parameters(), *opt.perturbation()])
+    assert_close(ends[1], ends[0])
+
+
+def test_an_average_sam_refuses_the_state_of_another_class_before_it_loads_any():
+    w = parameter(1.0)
+    state = SAM([w], SGD, lr=0.5).state_dict()
+    opt = AverageSAM([w], SGD, lr=0.1)
+    with pytest.raises(InputError, match="state_dict is of another class"):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]["lr"] == 0.1
+
+
+def test_a_layer_frozen_between_steps_of_vectorised_shards_does_not_move():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    opt = SAM(model.parameters(), SGD, lr=0.1, momentum=0.9)
+    step = partial(Shards, opt, model, nn.functional.cross_entropy, num_shards=2, vectorize=True)
+    opt.step(step(*examples(0, 8)))
+    opt.zero_grad()
+    model[0].requires_grad_(False)
+    frozen = model[0].weight.clone()
+    for seed in range(3):
+        opt.step(step(*examples(seed, 8)))
+    assert torch.equal(model[0].weight, frozen)
