@@ -167,10 +167,10 @@ class Shards(list[Callable[[], Tensor]]):
     def _choose(self, opt: Optimizer, vectorize: bool | None) -> bool:
         if vectorize is False or (vectorize is None and not self._is_worth_it()):
             return False
-        obstacle = _obstacle(opt, self.model, self.sizes)
+        obstacle = _obstacle(opt, self.model, self.sizes) or (self.compile and _obstacle_to_compile())
         if vectorize and obstacle:
             raise InputError(f"vectorize=True is impossible: {obstacle}, or leave vectorize at None")
-        return obstacle is None
+        return not obstacle
 
     def _is_worth_it(self) -> bool:
         return len(self.sizes) >= MIN_SHARDS and sum(w.numel() for w in self.model.parameters()) <= MAX_PARAMETERS
@@ -216,7 +216,10 @@ def _sizes(batch: int, num_targets: int, num_shards: int | None, shard_size: int
             raise InputError(f"shard_size = {shard_size}: it must be 1 or more")
         return [min(shard_size, batch - start) for start in range(0, batch, shard_size)]
     if not 1 <= num_shards <= batch:
-        raise InputError(f"num_shards = {num_shards}: it must be from 1 to the batch size, {batch}")
+        raise InputError(
+            f"num_shards = {num_shards}: it must be from 1 to the batch size, {batch}. If the last batch of an epoch "
+            "is small, give shard_size, or drop_last=True to the DataLoader"
+        )
     edges = [round(index * batch / num_shards) for index in range(num_shards + 1)]
     return [stop - start for start, stop in pairwise(edges)]
 
@@ -390,6 +393,12 @@ def _obstacle(opt: Optimizer, model: nn.Module, sizes: Sequence[int]) -> str | N
     if any(w.requires_grad and w not in own for group in opt.param_groups for w in group["params"]):
         return "the optimiser trains tensors that are not parameters of model: make one module of both"
     return next(filter(None, map(_obstacle_in, model.modules())), None)
+
+
+def _obstacle_to_compile() -> str | None:
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        return None
+    return f"torch {torch.__version__} cannot compile a call of autograd: take a later one, leave compile out"
 
 
 def _obstacle_in(module: nn.Module) -> str | None:

@@ -554,3 +554,13 @@ def test_targets_of_another_length_are_refused():
     model = network("none")
     with pytest.raises(InputError, match="12 examples and targets 11"):
         Shards(SAM(model.parameters(), SGD, lr=0.1), model, loss_fn, batch()[0], batch()[1][1:], num_shards=2)
+
+
+def test_a_torch_that_cannot_compile_autograd_takes_the_closures(monkeypatch):
+    monkeypatch.setattr("samlib.shards._obstacle_to_compile", lambda: "torch 2.11 cannot compile a call of autograd")
+    model = network()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    shards = partial(Shards, opt, model, loss_fn, *batch(0), num_shards=12, compile="eager")
+    assert not shards().vectorized
+    with pytest.raises(InputError, match=r"vectorize=True is impossible: torch 2\.11"):
+        shards(vectorize=True)

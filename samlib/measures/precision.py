@@ -86,7 +86,7 @@ def _warning(found: dict[str, float], precision: str) -> str:
         f"in {precision} the perturbation that acts, round(w + eps) - round(w), has cosine {found['cosine']:.2f} with "
         f"eps and {found['norm_ratio']:.2f} times its norm; {found['unmoved_fraction']:.0%} of the weights do not "
         "move. SAM then perturbs in a direction that is partly rounding noise. Remedies: fp16 or TF32 in place of "
-        "bf16, a larger rho, fp32, or samlib.two_products, which rounds w and eps apart and makes the pass slower"
+        "bf16, a larger rho, or fp32 (samlib.two_products lets all of eps act, but w stays rounded: it gains little)"
     )
 
 
