@@ -25,7 +25,8 @@ from scipy.optimize import linprog, minimize
 from torch import Tensor
 
 from samlib.errors import InputError
-from samlib.optim import SAM, perturbation
+from samlib.optim import SAM
+from samlib.perturbation import perturbation
 
 
 def run(check: str, settings: dict[str, str | int | float], seed: int) -> dict[str, float]:

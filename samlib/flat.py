@@ -199,8 +199,8 @@ class FlatBuffers:
                 yield tensor, value
 
     def stand_in(self, base: Optimizer) -> Optimizer:
-        """The optimiser to step instead of `base`: one with the long tensors for parameters and the settings and hooks
-        that `base` has now, or, where its update is not elementwise, `base` itself. The parameters' gradients become
+        """The optimiser to step instead of `base`: one with the long tensors for parameters and the settings that
+        `base` has now, or, where its update is not elementwise, `base` itself. The parameters' gradients become
         views of the long ones, so that hooks and others find them where they look."""
         for bucket in self.buckets:
             bucket.show()

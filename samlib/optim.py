@@ -1,7 +1,7 @@
 """SAM, ASAM and average SAM beside `torch.optim`.
 
-Top: the three optimisers, which hold settings, groups and state. Below: the mathematics, free functions on lists of
-tensors (`perturbation`, `scales`, `dual_vector`, `project`).
+Top: the three optimisers, which hold settings, groups and state. Below: parts of a step. The mathematics is in
+`samlib.perturbation`, flat buffers are in `samlib.flat`.
 
 Order of the closure calls in `step`, each call a *pass*:
 
@@ -48,11 +48,24 @@ from torch.optim import Optimizer
 
 from samlib.errors import InputError
 from samlib.flat import DifferentStatesError, FlatBuffers, Member, own_state
+from samlib.perturbation import (
+    Radius,
+    TensorFilter,
+    add_quotient_,
+    dual_vector,
+    global_norm,
+    inverse,
+    multiplied,
+    multiply_,
+    project,
+    scales,
+    stretch,
+    times,
+    wide_dtype,
+)
 
 Closure = Callable[[], Tensor | float]
 Pass = Callable[[], Tensor | float]  # runs one or more closures and leaves a gradient
-TensorFilter = Callable[[Tensor], bool]
-Radius = float | Tensor  # a tensor without axes where a captured graph shall see it change
 
 
 class SAM(Optimizer):
@@ -564,9 +577,9 @@ class SAM(Optimizer):
         self, weights: list[Tensor], grads: list[Tensor], scale: list[Tensor | None], rho: list[Radius]
     ) -> bool:
         """The same for p = 2 and one inner step, without memory of its own but for T: it works in the gradients."""
-        _multiply_(grads, scale)
+        multiply_(grads, scale)
         norm = global_norm(grads)
-        _multiply_(grads, scale)
+        multiply_(grads, scale)
         if self._waits():
             length = norm.item()
             if not math.isfinite(length):
@@ -824,7 +837,7 @@ class SAM(Optimizer):
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], scale: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], Tensor]:
         """u = eps / (rho T), and a norm that is finite if and only if the gradients are."""
-        return dual_vector(_times(grads, scale), self.p, normalize=self.normalize, norm_eps=self.norm_eps)
+        return dual_vector(times(grads, scale), self.p, normalize=self.normalize, norm_eps=self.norm_eps)
 
     def _save(self, pairs: Sequence[tuple[Tensor, Radius]]) -> None:
         weights = [w for w, _ in pairs]
@@ -1014,11 +1027,11 @@ class AverageSAM(SAM):
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], scale: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], Tensor]:
         generator = self._own_generator()
-        z = [torch.zeros_like(w, dtype=_wide_dtype(w), requires_grad=False) for w in weights]
+        z = [torch.zeros_like(w, dtype=wide_dtype(w), requires_grad=False) for w in weights]
         for _, part in self._layout.by_parameter(weights, z):  # the same draws with flat buffers as without
             part.normal_(generator=generator)
         norm = global_norm(z, self.p)
-        return _multiplied(z, _inverse(norm, self.norm_eps)) if self.normalize else z, norm
+        return multiplied(z, inverse(norm, self.norm_eps)) if self.normalize else z, norm
 
     def _own_generator(self) -> torch.Generator:
         if self._generator is None:  # made late: a model may move to its device after the optimiser is made
@@ -1039,186 +1052,6 @@ class AverageSAM(SAM):
     def _check_step_options(self, ascent_closure: Any, scaler: Any, no_sync: Any) -> None:
         if ascent_closure is not None or no_sync is not None:
             raise InputError("AverageSAM has no ascent: leave ascent_closure and no_sync out of step()")
-
-
-# -------------------------------------------------------------------------------------------------- the mathematics
-
-
-def perturbation(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    rho: float | Sequence[float],
-    *,
-    p: float = 2.0,
-    adaptive: bool = False,
-    eta: float = 0.0,
-    normalize: bool = True,
-    scale_filter: TensorFilter | None = None,
-    norm_eps: float = 0.0,
-) -> list[Tensor]:
-    """The perturbation of SAM: eps = rho T u, where u maximises <T g, u> over ||u||_p <= 1.
-
-    Args:
-        weights: w, a list of tensors; read only if `adaptive`.
-        grads: g, tensors of the same shapes.
-        rho: radius, one for all or one per tensor.
-        p, adaptive, eta, normalize, scale_filter, norm_eps: as for `SAM`.
-
-    Returns:
-        eps, tensors of the shapes of `grads`, float32 where those are float16 or bfloat16. Differentiable in `weights`
-        and `grads` where the gradient is not zero.
-
-    Source: foret2021, equation 2; Kwon et al. 2021, section 4.
-    """
-    scale = scales(weights, eta, scale_filter) if adaptive else [None] * len(grads)
-    u, _ = dual_vector(_times(grads, scale), p, normalize=normalize, norm_eps=norm_eps)
-    return stretch(u, scale, rho)
-
-
-def scales(weights: Sequence[Tensor], eta: float, scale_filter: TensorFilter | None = None) -> list[Tensor | None]:
-    """ASAM's T as a list of diagonals: |w| + eta, or None, for 1, where `scale_filter` declines the tensor."""
-    return [w.to(_wide_dtype(w)).abs().add_(eta) if scale_filter is None or scale_filter(w) else None for w in weights]
-
-
-def dual_vector(
-    h: Sequence[Tensor], p: float = 2.0, *, normalize: bool = True, norm_eps: float = 0.0
-) -> tuple[list[Tensor], Tensor]:
-    r"""The u that maximises <h, u> over ||u||_p <= 1, all tensors taken together, and the dual norm ||h||_q.
-
-    .. math:: u = \operatorname{sign}(h) (|h| / \|h\|_q)^{q-1}, \qquad 1/p + 1/q = 1
-
-    u = 0 for h = 0. Without `normalize` the division is left out; `norm_eps` is added to the norm.
-
-    Source: foret2021, equation 2, with sign(0) = 0 for p = inf.
-    """
-    h = [t.to(_wide_dtype(t)) for t in h]
-    q = 1.0 if p == math.inf else p / (p - 1)
-    norm = global_norm(h, q)
-    if q == 1:
-        return list(torch._foreach_sign(h)), norm
-    u = _multiplied(h, _inverse(norm, norm_eps)) if normalize else h
-    if q != 2:
-        u = list(torch._foreach_mul(torch._foreach_sign(u), torch._foreach_pow(torch._foreach_abs(u), q - 1)))
-    return u, norm
-
-
-def project(u: Sequence[Tensor], p: float = 2.0) -> list[Tensor]:
-    """Brings u into the ball ||u||_p <= 1: to the nearest point for p = 2 and p = inf, radially for other p."""
-    if p == math.inf:
-        return list(torch._foreach_clamp_max(torch._foreach_clamp_min(u, -1.0), 1.0))
-    return _multiplied(u, global_norm(u, p).clamp(min=1.0).reciprocal())
-
-
-def stretch(u: Sequence[Tensor], scale: Sequence[Tensor | None], rho: Radius | Sequence[Radius]) -> list[Tensor]:
-    """rho T u, with one rho for all or one per tensor."""
-    if isinstance(rho, Sequence) and any(isinstance(one, Tensor) for one in rho):
-        return _times([t * one for t, one in zip(u, rho, strict=True)], scale)
-    return _times(torch._foreach_mul(u, rho), scale)
-
-
-def add_quotient_(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], divisor: Tensor | float, rho: Sequence[Radius]
-) -> None:
-    """weights += rho * grads / divisor, in place. The gradients are used up where one of the factors is a tensor."""
-    for radius, chosen in _by_radius(rho):
-        w, g = [weights[index] for index in chosen], [grads[index] for index in chosen]
-        if isinstance(radius, Tensor):
-            torch._foreach_mul_(g, radius / divisor)
-            torch._foreach_add_(w, g)
-        elif isinstance(divisor, Tensor):
-            torch._foreach_div_(g, divisor)
-            torch._foreach_add_(w, g, alpha=radius)
-        else:
-            torch._foreach_add_(w, g, alpha=_representable(radius / divisor, w))
-
-
-def _representable(factor: float, tensors: Sequence[Tensor]) -> float:
-    """The factor, no larger than the dtypes of the tensors know."""
-    if factor < torch.finfo(torch.float32).max:
-        return factor
-    return min(factor, *(torch.finfo(t.dtype).max for t in tensors))
-
-
-def global_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
-    """The norm of all tensors as one vector, a tensor without axes; not finite if an entry is not finite."""
-    if order not in (1, 2):  # an empty tensor has no largest entry
-        tensors = [t for t in tensors if t.numel()] or [torch.zeros_like(tensors[0].sum())]
-    if order in (1, 2, math.inf):
-        return _norm_of_norms(tensors, order)
-    # high powers of small entries underflow, so the largest entry is taken out first
-    largest = _norm_of_norms(tensors, math.inf)
-    return largest * _norm_of_norms(_multiplied(tensors, _inverse(largest)), order)
-
-
-def _norm_of_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
-    norms = torch._foreach_norm(tensors, order)
-    dtypes = {norm.dtype for norm in norms}
-    if len(dtypes) > 1:
-        widest = max(dtypes, key=lambda dtype: dtype.itemsize)
-        norms = [norm.to(widest) for norm in norms]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)
-
-
-def _inverse(norm: Tensor, norm_eps: float = 0.0) -> Tensor:
-    """1 / (norm + norm_eps); 0 for a norm of 0 or too small to invert, so that a zero gradient perturbs nothing."""
-    return torch.where(norm >= torch.finfo(norm.dtype).tiny, (norm + norm_eps).reciprocal(), 0.0)
-
-
-def _multiplied(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-    if factor.requires_grad:  # torch 2.15 cannot differentiate the foreach form in the factor for more than one tensor
-        return [t * factor for t in tensors]
-    return list(torch._foreach_mul(tensors, factor))
-
-
-def _times(tensors: Sequence[Tensor], scale: Sequence[Tensor | None]) -> list[Tensor]:
-    """Entry by entry; None stands for 1."""
-    products = list(tensors)
-    at = [index for index, one in enumerate(scale) if one is not None]
-    if at:
-        scaled = torch._foreach_mul([tensors[index] for index in at], [scale[index] for index in at])
-        for index, product in zip(at, scaled, strict=True):
-            products[index] = product
-    return products
-
-
-def _multiply_(tensors: Sequence[Tensor], scale: Sequence[Tensor | None]) -> None:
-    at = [index for index, one in enumerate(scale) if one is not None]
-    if at:
-        torch._foreach_mul_([tensors[index] for index in at], [scale[index] for index in at])
-
-
-def _by_radius(rho: Sequence[Radius]) -> list[tuple[Radius, Sequence[int]]]:
-    """Each radius with the indices of the tensors that have it."""
-    indices: dict[int | float, list[int]] = {}
-    radii: dict[int | float, Radius] = {}
-    for index, radius in enumerate(rho):
-        name = id(radius) if isinstance(radius, Tensor) else radius
-        radii[name] = radius
-        indices.setdefault(name, []).append(index)
-    return [(radii[name], indices[name]) for name in radii]
-
-
-def _found_inf(tensors: Sequence[Tensor], one: Tensor) -> Tensor:
-    """1.0 if an entry is not finite, else 0.0, as GradScaler keeps it; in one pass without temporaries."""
-    found = torch.zeros_like(one)
-    for dtype in {tensor.dtype for tensor in tensors}:
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        torch._amp_foreach_non_finite_check_and_unscale_(alike, found, one)
-    return found
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _is_recorded(device: torch.device) -> bool:
-    """Whether the code that runs is being captured in a CUDA graph or compiled, so that nothing may be read."""
-    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-
-
-def _wide_dtype(tensor: Tensor) -> torch.dtype:
-    """float32 for what is narrower: in half precision the squares of small entries and 1 / ||g|| are lost."""
-    return torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
 
 
 # -------------------------------------------------------------------------------------------------- parts of a step
@@ -1367,6 +1200,24 @@ def _rewinder(device: torch.device | None) -> Callable[[], None]:
             set_state(state)
 
     return rewind
+
+
+def _found_inf(tensors: Sequence[Tensor], one: Tensor) -> Tensor:
+    """1.0 if an entry is not finite, else 0.0, as GradScaler keeps it; in one pass without temporaries."""
+    found = torch.zeros_like(one)
+    for dtype in {tensor.dtype for tensor in tensors}:
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        torch._amp_foreach_non_finite_check_and_unscale_(alike, found, one)
+    return found
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether the code that runs is being captured in a CUDA graph or compiled, so that nothing may be read."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _dense(grads: list[Tensor]) -> list[Tensor]:

@@ -17,7 +17,8 @@ from torch import nn
 
 from samlib.batchnorm import second_pass
 from samlib.errors import InputError
-from samlib.optim import ASAM, SAM, AverageSAM, dual_vector, global_norm, perturbation, project
+from samlib.optim import ASAM, SAM, AverageSAM
+from samlib.perturbation import dual_vector, global_norm, perturbation, project
 from samlib.shards import Shards
 
 SGD = torch.optim.SGD

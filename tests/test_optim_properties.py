@@ -24,7 +24,8 @@ from hypothesis.stateful import (
 )
 from torch import nn
 
-from samlib.optim import ASAM, SAM, AverageSAM, perturbation
+from samlib.optim import ASAM, SAM, AverageSAM
+from samlib.perturbation import perturbation
 
 # Further settings of the constructor. Every test of this file, of test_optim_behaviour and of test_optim_peers runs
 # once with each entry.

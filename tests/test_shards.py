@@ -13,7 +13,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from samlib.errors import InputError
-from samlib.optim import ASAM, SAM, perturbation
+from samlib.optim import ASAM, SAM
+from samlib.perturbation import perturbation
 from samlib.shards import Shards
 
 SGD = torch.optim.SGD

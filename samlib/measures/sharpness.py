@@ -8,7 +8,7 @@ from torch import Tensor
 
 from samlib.errors import InputError
 from samlib.measures.loss import WeightLoss, check_count
-from samlib.optim import dual_vector, project, scales, stretch
+from samlib.perturbation import dual_vector, project, scales, stretch
 
 
 def adversarial(
