@@ -275,9 +275,10 @@ class SAM(Optimizer):
         """
         self._check_not_called_by_scaler()
         closures = _closure_list(closure)
-        if scaler is not None and hasattr(closure, "gradients_at_w"):
+        is_shards = hasattr(closure, "gradients_at_w")
+        if is_shards and scaler is not None:
             raise InputError("scaler with Shards, whose closures do not scale the loss: write the closures yourself")
-        shares = _shares(getattr(closure, "weights", None) if weights is None else weights, len(closures))
+        shares = _shares(closure.weights if is_shards and weights is None else weights, len(closures))
         self._check_step_options(ascent_closure, scaler, no_sync)
         if self._now.first_step_was_finite is not None:
             raise RuntimeError(
@@ -290,7 +291,7 @@ class SAM(Optimizer):
         self._now.is_first_pass, self._now.scaler = True, scaler
         passes = [partial(self._evaluate, one) for one in closures]
         shard = partial(self._shard, scaler=scaler, no_sync=no_sync, replay_rng=replay_rng)
-        at_once = getattr(closure, "vectorized", False) and self._has_ascent and no_sync is None and not replay_rng
+        at_once = is_shards and closure.vectorized and self._has_ascent and no_sync is None and not replay_rng
         try:
             if not self._ascends():
                 loss = self._mean(passes, shares)
