@@ -54,7 +54,7 @@ LR_GRID = {
 }
 RHO_GRID = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
 LR = {"plain": 0.4, "clean": 0.1, "noise20": 0.1, "noise40": 0.1}
-RHO = {"plain": 0.05, "clean": 0.2, "noise20": 0.4, "noise40": 0.4}
+RHO = {"plain": 0.2, "clean": 0.2, "noise20": 0.4, "noise40": 0.4}
 LR_UNDER_NOISE = 0.00625
 
 
