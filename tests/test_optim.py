@@ -1236,17 +1236,22 @@ def test_no_sync_keeps_the_ascent_in_this_process_and_averages_the_descent(proce
     assert reduced == [True] * 3 + [False, True, True]
 
 
-def test_a_process_whose_ascent_fails_takes_part_in_the_descent_and_makes_all_skip():
-    w, synced = parameter(1.0, 1.0), []
-    opt = SAM([w], SGD, lr=0.1)
-    inner = quadratic(opt, w)
-    inside = []
+def no_sync_marked_in(inside):
+    """A stand-in for `ddp_model.no_sync`: while it is entered, the list `inside` is not empty."""
 
     @contextmanager
     def no_sync():
         inside.append(True)
         yield
         inside.pop()
+
+    return no_sync
+
+
+def test_a_process_whose_ascent_fails_takes_part_in_the_descent_and_makes_all_skip():
+    w, synced, inside = parameter(1.0, 1.0), [], []
+    opt = SAM([w], SGD, lr=0.1)
+    inner = quadratic(opt, w)
 
     def closure():
         loss = inner()
@@ -1257,7 +1262,7 @@ def test_a_process_whose_ascent_fails_takes_part_in_the_descent_and_makes_all_sk
             assert opt.in_second_pass
         return loss
 
-    opt.step(closure, no_sync=no_sync)
+    opt.step(closure, no_sync=no_sync_marked_in(inside))
     assert len(synced) == 1
     assert torch.isnan(synced[0]).all()  # what the average over processes spreads
     assert torch.equal(w, torch.ones(2).double())
@@ -1268,12 +1273,6 @@ def test_the_skip_spreads_through_whatever_tensor_the_descent_reaches():
     a, b, inside = parameter(1.0, 1.0), parameter(1.0, 1.0), []
     opt = SAM([a, b], SGD, lr=0.1)
 
-    @contextmanager
-    def no_sync():
-        inside.append(True)
-        yield
-        inside.pop()
-
     def closure():
         opt.zero_grad()
         loss = (b * b).sum() + ((a * a).sum() if inside else 0)
@@ -1282,7 +1281,7 @@ def test_the_skip_spreads_through_whatever_tensor_the_descent_reaches():
             b.grad.fill_(math.inf)
         return loss
 
-    opt.step(closure, no_sync=no_sync)
+    opt.step(closure, no_sync=no_sync_marked_in(inside))
     assert opt.skipped_steps == 1
     assert torch.equal(b, torch.ones(2).double())
 

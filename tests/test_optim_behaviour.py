@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from test_optim import assert_close, assert_equal
 from test_optim_properties import BACKENDS, SGD, all_backends, on_all_backends
 from torch import nn
 from torch.optim import lr_scheduler
@@ -93,17 +94,6 @@ def parameter(*values):
     return nn.Parameter(torch.tensor(values, dtype=torch.float64))
 
 
-def assert_same(found, expected):
-    """Bit for bit, for tensors or state dicts."""
-    found, expected = (list(x.values()) if isinstance(x, dict) else list(x) for x in (found, expected))
-    assert len(found) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def assert_close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-
-
 def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
 
@@ -127,7 +117,7 @@ def test_without_a_perturbation_it_is_the_base_optimiser_bit_for_bit(base, hyper
     opt = SAM(model.parameters(), base, rho=rho, **hyper, **backend)
     train(opt, model, 50)
     train(base(reference.parameters(), **hyper), reference, 50)
-    assert_same(model.state_dict(), reference.state_dict())
+    assert_equal(model.state_dict(), reference.state_dict())
     assert model[1].num_batches_tracked == 50
 
 
@@ -151,7 +141,7 @@ def test_rho_zero_makes_every_variant_the_base_optimiser(variant, backend):
     model, reference = network(), network()
     train(cls(model.parameters(), torch.optim.AdamW, rho=0.0, **how, **ADAM, **backend), model, 5)
     train(torch.optim.AdamW(reference.parameters(), **ADAM), reference, 5)
-    assert_same(model.state_dict(), reference.state_dict())
+    assert_equal(model.state_dict(), reference.state_dict())
 
 
 @all_backends
@@ -209,7 +199,7 @@ def test_a_scheduler_drives_sam_as_it_drives_the_base_optimiser(make, attach, ba
         for opt in opts:
             for group, expected in zip(opt.param_groups, bare.param_groups, strict=True):
                 assert (group["lr"], group["momentum"]) == (expected["lr"], expected["momentum"])
-    assert_same(model.state_dict(), reference.state_dict())
+    assert_equal(model.state_dict(), reference.state_dict())
     assert not torch.equal(driven[0].weight, reference[0].weight)
 
 
@@ -286,7 +276,7 @@ def test_resumed_from_a_file_it_is_the_uninterrupted_training_bit_for_bit(varian
     for part, state in zip((resumed, opt, schedule), torch.load(file, weights_only=True), strict=True):
         part.load_state_dict(state)
     train(opt, resumed, 5, first=4, num_shards=num_shards, schedule=schedule)
-    assert_same(resumed.state_dict(), whole.state_dict())
+    assert_equal(resumed.state_dict(), whole.state_dict())
 
 
 @all_backends
@@ -371,7 +361,7 @@ def test_shards_with_the_same_data_are_sam_bit_for_bit_where_the_shares_are_exac
     for step in range(10):
         one, many = (closure_of(*pair, *examples(step)) for pair in zip(opts, models, strict=True))
         assert opts[0].step(one) == opts[1].step([many] * num_shards)
-    assert_same(models[0].state_dict(), models[1].state_dict())
+    assert_equal(models[0].state_dict(), models[1].state_dict())
 
 
 @on_all_backends("how", {"sam": {}, "2 inner steps": {"inner_steps": 2}, "p inf": {"p": math.inf}}, dict)
@@ -447,7 +437,7 @@ def test_a_step_of_asam_is_one_of_sam_where_all_weights_have_size_one(p, backend
                 w.sign_()
         opt = cls(model.parameters(), SGD, rho=0.3, lr=0.1, p=p, **how, **backend)
         opt.step(closure_of(opt, model, *examples()))
-    assert_same(models[0].state_dict(), models[1].state_dict())
+    assert_equal(models[0].state_dict(), models[1].state_dict())
 
 
 # --------------------------------------------------------------------------------------------------- awkward gradients
@@ -495,7 +485,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_of_every_variant(variant, 
     w = parameter(1.0, -2.0)
     opt = cls([w], torch.optim.AdamW, rho=0.5, **how, **ADAM, **backend)
     one_step(opt, partial(spoiled, opt, w, value, place), num_shards, form)
-    assert_same([w.detach()], [parameter(1.0, -2.0).detach()])
+    assert_equal([w.detach()], [parameter(1.0, -2.0).detach()])
     assert opt.skipped_steps == 1
     assert not opt.state
     assert not opt.at_perturbed_point
@@ -548,9 +538,9 @@ def test_a_gradient_of_zero_perturbs_nothing_and_a_descent_of_zero_moves_nothing
 
         one_step(opt, closure, num_shards, form)
         if place == "second":
-            assert_same([w.detach()], [torch.eye(2).double()])
+            assert_equal([w.detach()], [torch.eye(2).double()])
         elif cls is not AverageSAM:
-            assert_same([seen[1]], [torch.eye(2).double()])
+            assert_equal([seen[1]], [torch.eye(2).double()])
         assert opt.skipped_steps == 0
 
 
@@ -565,7 +555,7 @@ def test_where_all_is_frozen_the_closure_runs_once_and_nothing_moves(backend):
             opt.first_step()
             opt.second_step()
             assert all(torch.equal(eps, torch.zeros(2).double()) for eps in opt.perturbation())
-    assert_same([w], [parameter(1.0, 2.0)])
+    assert_equal([w], [parameter(1.0, 2.0)])
 
 
 @all_backends
@@ -601,7 +591,7 @@ def test_a_sparse_gradient_on_either_pass_is_refused_and_the_weights_are_at_w(pl
 
     with pytest.raises(InputError, match="a gradient is sparse: make it dense"):
         opt.step(closure)
-    assert_same([table.weight], [before])
+    assert_equal([table.weight], [before])
     assert not opt.at_perturbed_point
 
 
@@ -615,7 +605,7 @@ def test_a_second_step_that_raises_does_not_bar_the_next_step(backend):
     w.grad = torch.ones(2).double().to_sparse()
     with pytest.raises(InputError, match="a gradient is sparse"):
         opt.second_step()
-    assert_same([w], [parameter(1.0, 2.0)])
+    assert_equal([w], [parameter(1.0, 2.0)])
     opt.step(closure)
 
 
@@ -670,13 +660,13 @@ def test_two_parameters_that_share_memory_are_restored(backend):
     params, reference = pair(), pair()
     opt = SAM(params, SGD, rho=0.5, lr=0.0, momentum=0.9, **backend)
     opt.step(partial(closure, opt, *params))
-    assert_same(params, reference)
+    assert_equal(params, reference)
     params, reference = pair(), pair()
     opt, bare = SAM(params, SGD, rho=0.0, **MOMENTUM, **backend), SGD(reference, **MOMENTUM)
     for _ in range(3):
         opt.step(partial(closure, opt, *params))
         bare.step(partial(closure, bare, *reference))
-    assert_same(params, reference)
+    assert_equal(params, reference)
     assert params[0].data_ptr() == params[1].data_ptr()
 
 
@@ -712,7 +702,7 @@ def test_gradients_set_to_zero_or_to_none_give_the_same_training(variant, backen
         opt = cls(model.parameters(), SGD, rho=0.3, **MOMENTUM, **how, **backend)
         for step in range(4):
             opt.step(shards_of(opt, model, examples(step), num_shards, set_to_none=set_to_none))
-    assert_same(models[0].state_dict(), models[1].state_dict())
+    assert_equal(models[0].state_dict(), models[1].state_dict())
 
 
 @cases(VARIANTS)
@@ -842,7 +832,7 @@ def test_an_error_in_the_second_pass_leaves_weights_and_layers_as_after_the_firs
     with pytest.raises(KeyboardInterrupt):
         opt.step(closure)
     reference(examples()[0])
-    assert_same(model.state_dict(), reference.state_dict())
+    assert_equal(model.state_dict(), reference.state_dict())
     assert model[1].training
     assert model[1].track_running_stats
 
