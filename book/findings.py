@@ -15,6 +15,7 @@ from typing import Any
 from samlib import claims, published
 from samlib.bench import table as bench_table
 from samlib.errors import InputError
+from samlib.rules.conventions import INFORMATION, NOT_RUN, OUTCOMES, Part
 from samlib.store import open_store
 
 BENCH = Path(__file__).resolve().parent.parent / "results" / "bench"
@@ -27,7 +28,7 @@ BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
 
 def findings(verdicts: Sequence[claims.Verdict], mark: Callable[[str], str] = str) -> str:
     """How many claims came out which way, then a row for each that was decided. `mark` dresses the outcome."""
-    decided = [verdict for verdict in verdicts if verdict.outcome != claims.NOT_RUN]
+    decided = [verdict for verdict in verdicts if verdict.outcome != NOT_RUN]
     if not decided:
         return f"{tally(verdicts)}\n"
     head = ["Claim", "Outcome", "Statistic, mean and 95 % interval", "Published"]
@@ -38,13 +39,13 @@ def findings(verdicts: Sequence[claims.Verdict], mark: Callable[[str], str] = st
 def tally(verdicts: Sequence[claims.Verdict]) -> str:
     counts = Counter(verdict.outcome for verdict in verdicts)
     profiles = sorted({verdict.profile for verdict in verdicts})
-    parts = ", ".join(f"{counts[outcome]} {outcome}" for outcome in claims.OUTCOMES)
+    parts = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES)
     return f"Of {len(verdicts)} claims on the profile {', '.join(f'`{name}`' for name in profiles)}: {parts}."
 
 
 def finding(verdict: claims.Verdict, mark: Callable[[str], str]) -> list[str]:
     claim = published.claims()[verdict.claim]
-    parts = [part for part in verdict.parts if part.outcome != claims.INFORMATION]
+    parts = [part for part in verdict.parts if part.outcome != INFORMATION]
     return [
         f"{plain(claim.statement)}<br>*{claim.paper}, {plain(claim.where)}*",
         mark(verdict.outcome) + ("<br>*miniature*" if verdict.miniature else ""),
@@ -53,7 +54,7 @@ def finding(verdict: claims.Verdict, mark: Callable[[str], str]) -> list[str]:
     ]
 
 
-def statistics(parts: Sequence[claims.Part]) -> list[str]:
+def statistics(parts: Sequence[Part]) -> list[str]:
     """Every part on a line of its own; where there are many, one line per statistic with its range over settings."""
     if len(parts) <= MOST_LINES:
         return [claims.part_text(part) for part in parts]

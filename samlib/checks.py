@@ -8,7 +8,7 @@
 | `edge_of_stability` | at the edge of stability mSAM is flattest, then SAM, then SGD | behdin2023, Theorem 3.2 |
 
 Each check takes plain values and a seed for its random numbers and returns numbers; whether they support the claim is
-decided by the rules in `samlib.claims`. Each compares `samlib.optim` with something that does not use it. The theory of
+decided by the rules in `samlib.rules`. Each compares `samlib.optim` with something that does not use it. The theory of
 behdin2023 leaves the division by the gradient norm out (errata E-M5), so the last two checks use `normalize=False`.
 """
 

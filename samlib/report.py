@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from samlib import plots, published, stats
-from samlib.claims import INFORMATION, Part, Verdict, part_text
+from samlib.claims import Verdict, part_text
+from samlib.rules.conventions import INFORMATION, Part
 from samlib.stats import Interval
 from samlib.study import Study
 

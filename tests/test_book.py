@@ -16,8 +16,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 from samlib import claims, published
-from samlib.claims import Part, Verdict
+from samlib.claims import Verdict
 from samlib.errors import InputError
+from samlib.rules.conventions import INFORMATION, Part
 from samlib.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,7 +240,7 @@ def test_only_code_and_emphasis_stay_markup(text, markdown):
 
 def verdict(outcome: str, **fields) -> Verdict:
     part = Part("clean", "sam - sgd of test_accuracy_pct", 1.8234, 1.25, 2.39, 10, "supports")
-    extra = Part("noise20", "beside the point", 9.0, 8.0, 10.0, 10, claims.INFORMATION)
+    extra = Part("noise20", "beside the point", 9.0, 8.0, 10.0, 10, INFORMATION)
     standard = {"parts": (part, extra), "published": {"mean_difference": 6.54}, "rule_digest": "", "miniature": True}
     return Verdict("coldenhoff-a-equal-gradient-budget", outcome, profile="quick", reason="why", **(standard | fields))
 

@@ -13,9 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samlib import claims, experiments, published, spec, store
-from samlib.claims import CONTRADICTS, INCONCLUSIVE, INFORMATION, NOT_REPRODUCED, NOT_RUN, REPRODUCED, RULES, SUPPORTS
+from samlib import claims, experiments, published, rules, spec, store
 from samlib.errors import InputError
+from samlib.rules import RULES
+from samlib.rules.conventions import (
+    CONTRADICTS,
+    INCONCLUSIVE,
+    INFORMATION,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    SUPPORTS,
+    rule,
+)
 
 FULL, MINIATURE = False, True
 PER_SEED = "coldenhoff-a-sam-beats-sgd-per-seed"
@@ -596,7 +606,7 @@ def test_a_variation_is_marked(place):
         (lambda place: claims.verdict(PER_SEED, "fast", place), "profile = 'fast' is unknown"),
         (lambda place: claims.verdicts("fast", place), "profile = 'fast' is unknown"),
         (lambda place: claims.rule_digest("foret-rho-sweep"), "claim = 'foret-rho-sweep' has no rule"),
-        (lambda place: claims.rule(PER_SEED, roles=("sam",))(lambda evidence: None), "registered twice"),
+        (lambda place: rule(PER_SEED, roles=("sam",))(lambda evidence: None), "registered twice"),
     ],
 )
 def test_bad_input_is_named(call, message, place):
@@ -652,15 +662,18 @@ def test_published_figures_on_one_line(figures, text):
 
 # ---------------------------------------------------------------------------------------------- digests
 
-SOURCE = Path(claims.__file__).read_text(encoding="utf-8")
+SOURCE = claims.sources(PER_SEED).rules
 TEXT = published.claims_text()
 COMPARISON, BY_HAND = claims.sources(PER_SEED).experiment, claims.sources(DUAL).experiment
 STATISTICS = claims.sources(PER_SEED).statistics
 EXACT = {DUAL, ONE_SHARD, JACOBIAN}
 
 
-def digest(claim=PER_SEED, source=SOURCE, text=TEXT, **others):
-    return claims.rule_digest(claim, dataclasses.replace(claims.sources(claim), rules=source, wording=text, **others))
+def digest(claim=PER_SEED, source=None, text=TEXT, **others):
+    at = claims.sources(claim)
+    return claims.rule_digest(
+        claim, dataclasses.replace(at, rules=at.rules if source is None else source, wording=text, **others)
+    )
 
 
 def moved(of=tuple(RULES), **texts):
@@ -680,11 +693,13 @@ def edited(text, old, new):
 def test_the_digest_ignores_what_decides_nothing():
     layout = edited(SOURCE, "MIN_SEEDS = 3\n", "MIN_SEEDS = (  # three\n    3\n)\n")
     wording = edited(SOURCE, '"""Number of seeds with a - b above 0', '"""How often')
-    table = edited(SOURCE, 'return f"{part.name}: ', 'return f"{part.name} / ')
+    unused = SOURCE + "\n\ndef unused(evidence):\n    return 1\n"
     addition = SOURCE + "\n\n@rule('foret-rho-sweep', roles=('sam',))\ndef later(evidence):\n    return 1\n"
     story = edited(TEXT, "With plain SGD (no momentum,", "With SGD (no momentum,")
     assert digest() == claims.rule_digest(PER_SEED)
-    assert {digest(source=source) for source in (layout, wording, table, addition)} | {digest(text=story)} == {digest()}
+    assert {digest(source=source) for source in (layout, wording, unused, addition)} | {digest(text=story)} == {
+        digest()
+    }
 
 
 @pytest.mark.parametrize(
@@ -709,7 +724,8 @@ def test_the_digest_follows_the_wording_of_the_rule(field):
 
 def test_a_digest_belongs_to_one_rule():
     assert len({digest(claim) for claim in RULES}) == len(RULES)
-    assert moved(source=edited(SOURCE, "lambda error: error < 1e-8", "lambda error: error < 1e-7")) == {JACOBIAN}
+    looser = edited(claims.sources(JACOBIAN).rules, "lambda error: error < 1e-8", "lambda error: error < 1e-7")
+    assert moved(source=looser, of=bound_by("sam_by_hand")) == {JACOBIAN}
 
 
 def rebound(text: str, claim: str) -> str:
@@ -786,12 +802,13 @@ def test_a_rule_may_come_before_its_experiment():
 
 
 @pytest.mark.parametrize(
-    "text", [SOURCE, STATISTICS, COMPARISON, BY_HAND], ids=["claims", "stats", "sam_vs_sgd", "sam_by_hand"]
+    "text",
+    [*(claims.sources(bound_by(stem)[0]).rules for stem in experiments.STEMS), STATISTICS, COMPARISON, BY_HAND],
+    ids=[*(f"rules {stem}" for stem in experiments.STEMS), "stats", "sam_vs_sgd", "sam_by_hand"],
 )
 def test_nothing_at_the_top_of_these_modules_escapes_the_digest(text):
     """Each name is defined once: no `DECIDES[...] = ...`, no update, no branch that the digest would miss."""
-    first, *rest = ast.parse(text).body
-    assert isinstance(first, ast.Expr)  # the docstring
+    rest = [node for node in ast.parse(text).body if not claims._is_docstring(node)]
     imports = [node for node in rest if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = []
     for node in rest:
@@ -867,8 +884,18 @@ def sources_of(claim: str, read: Callable[[str], str]) -> claims.Sources:
     named = published.parse_claims(wording)
     if claim not in named:
         raise InputError(f"claim = {claim!r} is not in claims.yaml at this revision")
-    experiment = read(f"samlib/experiments/{named[claim].experiment}.py")
-    return claims.Sources(read("samlib/claims.py"), wording, experiment, read("samlib/stats.py"))
+    stem = named[claim].experiment
+    return claims.Sources(
+        rules_text(stem, read), wording, read(f"samlib/experiments/{stem}.py"), read("samlib/stats.py")
+    )
+
+
+def rules_text(stem: str, read: Callable[[str], str]) -> str:
+    """The conventions and the rules of an experiment; records of the first two are older than the package of rules."""
+    try:
+        return read("samlib/rules/conventions.py") + read(f"samlib/rules/{stem}.py")
+    except subprocess.CalledProcessError:
+        return read("samlib/claims.py")
 
 
 def digest_at(root: Path, commit: str, claim: str, profile: str) -> str:
@@ -896,10 +923,15 @@ def records_older_than_their_rule(root: Path, judged: Mapping[str, Iterable[str]
     return found
 
 
+CONVENTIONS, RULES_OF_01 = (
+    (Path(rules.__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in ("conventions", "sam_vs_sgd")
+)
+
 # path -> the text a repository of the tests holds there
 FILES = {
     "results/published/claims.yaml": TEXT,
-    "samlib/claims.py": SOURCE,
+    "samlib/rules/conventions.py": CONVENTIONS,
+    "samlib/rules/sam_vs_sgd.py": RULES_OF_01,
     "samlib/experiments/sam_vs_sgd.py": COMPARISON,
     "samlib/stats.py": STATISTICS,
 }
@@ -930,14 +962,15 @@ LOOSER = ("within(evidence, gain, -0.5, 0.5)", "within(evidence, gain, -0.5, 0.1
 def test_a_rule_that_came_first_is_accepted(project):
     root, commit = project
     assert records_older_than_their_rule(root, JUDGED) == []
-    commit("samlib/claims.py", edited(SOURCE, "MIN_SEEDS = 3\n", "MIN_SEEDS = 3  # as before\n"))
+    commit("samlib/rules/conventions.py", edited(CONVENTIONS, "MIN_SEEDS = 3\n", "MIN_SEEDS = 3  # as before\n"))
     assert records_older_than_their_rule(root, JUDGED) == []
 
 
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("samlib/claims.py", SOURCE.replace(*LOOSER)),
+        ("samlib/rules/sam_vs_sgd.py", RULES_OF_01.replace(*LOOSER)),
+        ("samlib/rules/conventions.py", CONVENTIONS.replace("MIN_SEEDS = 3", "MIN_SEEDS = 2")),
         (
             "results/published/claims.yaml",
             TEXT.replace("wholly inside [-0.5, 0.5] points", "wholly inside [-0.5, 0.1]"),
@@ -952,6 +985,7 @@ def test_a_rule_that_came_first_is_accepted(project):
 def test_a_rule_changed_after_its_records_is_caught_until_they_are_made_anew(project, path, text):
     root, commit = project
     commit(path, text)
+    assert text != FILES[path]
     (older,) = records_older_than_their_rule(root, JUDGED)
     assert older.startswith(f"{PER_SEED}: results/quick/records/aa.json of ")
     (root / path).write_text(FILES[path], encoding="utf-8")
