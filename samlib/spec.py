@@ -120,9 +120,11 @@ class DataSpec(_Part):
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec(_Part):
-    name: str = _choice("cnn", ("cnn",), "network")
-    width: int = _count(8, "channels of the first convolution; the next two have 2 and 4 times as many")
-    norm: str = _choice("batch", ("batch", "group", "none"), "normalisation after each convolution")
+    name: str = _choice("cnn", ("cnn", "mlp"), "network: three convolutions, or two hidden layers")
+    width: int = _count(
+        8, "channels of the first convolution (the next two have 2 and 4 times as many), or units of each hidden layer"
+    )
+    norm: str = _choice("batch", ("batch", "group", "none"), "normalisation after each convolution or hidden layer")
     dropout: float = _number(0.0, "dropout before the classifier", low=0, high=0.999)
 
     def __post_init__(self) -> None:

@@ -114,6 +114,7 @@ def slope_over_log2(x: Sequence[float], y: Sequence[Sequence[float]], *, confide
         InputError: a value is not finite, x not above 0 or constant, or the shapes do not fit.
     """
     x, y = _finite("x", x), _finite("y", y)
+    y = y if y.size else y.reshape(0, len(x))  # no seed at all
     if y.ndim != 2 or y.shape[1] != len(x):
         raise InputError(f"y has shape {y.shape}: use one row per seed and one column for each of the {len(x)} x")
     if (x <= 0).any() or len(np.unique(x)) < 2:

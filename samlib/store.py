@@ -44,6 +44,7 @@ class Record:
         history: columns of equal length, `epoch` and `step` among them.
         final: metrics at the `last`, `best_test` and `best_validation` epoch.
         measures: measures of a model, or values of a check.
+        table: columns of equal length that a measure samples: points along a path, bins of a histogram.
         perturbation: what of eps acted at the precision of the run, at its end (norm ratio, cosine, unmoved share).
         environment: versions, device, threads, platform, commit and whether the checkout was dirty.
     """
@@ -54,6 +55,7 @@ class Record:
     history: dict[str, list[float | None]] = field(default_factory=dict)
     final: dict[str, dict[str, float | None]] = field(default_factory=dict)
     measures: dict[str, float | None] = field(default_factory=dict)
+    table: dict[str, list[float | None]] = field(default_factory=dict)
     perturbation: dict[str, float | None] = field(default_factory=dict)
     data_digest: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
@@ -207,6 +209,19 @@ class Store:
             pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["cell", "role", "seed", "epoch"])
         )
 
+    def tables(self, arms: Sequence[Arm], column: str = "") -> pd.DataFrame:
+        """One row per row of a table that the finished members, or the measure called `column` of each of them, left
+        behind: cell, role, seed, and the columns of the table."""
+        frames = []
+        for arm in arms:
+            for member in arm.specs:
+                named = [measure for measure in arm.measures_of(member) if measure.column == column]
+                for spec in named if column else [member]:
+                    record = self.load(specs_of.key(spec))
+                    if record is not None and record.status == "done" and not record.stale and record.table:
+                        frames.append(pd.DataFrame(record.table).assign(cell=arm.cell, role=arm.role, seed=member.seed))
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["cell", "role", "seed"])
+
     def _row(self, arm: Arm, member: Spec) -> dict[str, Any]:
         key = specs_of.key(member)
         row = {"cell": arm.cell, "role": arm.role, "seed": member.seed, "key": key, "status": "missing"}
@@ -287,11 +302,10 @@ def parse(text: str, path: Path, key: str) -> Record:
 
 def _unfit_fields(record: Record) -> list[str]:
     """The fields whose content is not of the form that `Record` gives them."""
-    history, final = record.history, record.final
+    final = record.final
     fits = {
-        "history": isinstance(history, dict)
-        and all(isinstance(column, list) and _are_numbers(column) for column in history.values())
-        and len({len(column) for column in history.values()}) <= 1,
+        "history": _are_columns(record.history),
+        "table": _are_columns(record.table),
         "final": isinstance(final, dict) and all(_is_row(row) for row in final.values()),
         "measures": _is_row(record.measures),
         "perturbation": _is_row(record.perturbation),
@@ -299,6 +313,14 @@ def _unfit_fields(record: Record) -> list[str]:
         "environment": isinstance(record.environment, dict),
     }
     return [name for name, fit in fits.items() if not fit]
+
+
+def _are_columns(columns: Any) -> bool:
+    return (
+        isinstance(columns, dict)
+        and all(isinstance(column, list) and _are_numbers(column) for column in columns.values())
+        and len({len(column) for column in columns.values()}) <= 1
+    )
 
 
 def _is_row(row: Any) -> bool:

@@ -41,6 +41,12 @@ class Study:
         """One row per evaluated epoch; see `Store.history`."""
         return self.store.history(self.pick(cells, roles))
 
+    def tables(
+        self, column: str = "", cells: Sequence[str] | None = None, roles: Sequence[str] | None = None
+    ) -> pd.DataFrame:
+        """One row per row of the tables that a measure left behind; see `Store.tables`."""
+        return self.store.tables(self.pick(cells, roles), column)
+
     def verdict(self, claim: str) -> Verdict:
         """The verdict on a claim from these records."""
         return judge(claim, self.profile, self.store, self.arms, varied=self.varied)

@@ -23,6 +23,8 @@ from samlib.measures import WeightLoss, hessian, precision, sharpness
 from samlib.spec import CheckSpec, MeasureSpec, OptimSpec, RunSpec, Spec
 from samlib.store import NUMERICS, Record, Store, parent_spec
 
+Measured = tuple[dict[str, float], dict[str, list[float]]]  # values, and columns of equal length
+
 CHECKPOINT_SECONDS = 60.0
 MEASURE_BATCH = 1000  # images whose graph is held at a time; changes no number in eval mode
 SPLITS = ("train", "validation", "test")
@@ -80,13 +82,25 @@ def measure(spec: MeasureSpec, store: Store, device: torch.device) -> Record:
     images = getattr(splits, spec.split)
     batch_size = MEASURE_BATCH if spec.mode == "eval" else None  # in train mode the batch is part of the loss
     loss = WeightLoss(model, images.inputs, images.labels, batch_size=batch_size, train_mode=spec.mode == "train")
-    if spec.measure == "lambda_max":
-        values = hessian.lambda_max(loss)
-    else:
-        found = sharpness.adversarial(loss, spec.rho, steps=spec.steps, shard_size=spec.shard_size)
-        values = {"adversarial_sharpness": found.pop("sharpness"), **found}
+    values, table = MEASURES[spec.measure](loss, spec)
     status = "done" if all(math.isfinite(value) for value in values.values()) else "diverged"
-    return _record(spec, status, started, measures=values, data_digest=splits.digest, device=device)
+    return _record(spec, status, started, measures=values, table=table, data_digest=splits.digest, device=device)
+
+
+def lambda_max(loss: WeightLoss, spec: MeasureSpec) -> Measured:
+    return hessian.lambda_max(loss), {}
+
+
+def adversarial_sharpness(loss: WeightLoss, spec: MeasureSpec) -> Measured:
+    found = sharpness.adversarial(loss, spec.rho, steps=spec.steps, shard_size=spec.shard_size)
+    return {"adversarial_sharpness": found.pop("sharpness"), **found}, {}
+
+
+# Name of a measure -> its values, and the table behind them where it has one.
+MEASURES: dict[str, Callable[[WeightLoss, MeasureSpec], Measured]] = {
+    "lambda_max": lambda_max,
+    "adversarial_sharpness": adversarial_sharpness,
+}
 
 
 def check(spec: CheckSpec) -> Record:
@@ -344,8 +358,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def build_model(spec: RunSpec, splits: data.Splits, device: torch.device) -> nn.Module:
-    channels = splits.train.inputs.shape[1]
-    return models.build(spec.model, channels, splits.num_classes, data.generator(spec.seed, "init")).to(device)
+    image_shape = tuple(splits.train.inputs.shape[1:])
+    return models.build(spec.model, image_shape, splits.num_classes, data.generator(spec.seed, "init")).to(device)
 
 
 def build_optimizer(spec: OptimSpec, model: nn.Module, seed: int) -> torch.optim.Optimizer:

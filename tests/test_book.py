@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from samlib import claims, published
 from samlib.claims import Verdict
 from samlib.errors import InputError
-from samlib.rules.conventions import INFORMATION, Part
+from samlib.rules.conventions import INFORMATION, OUTCOMES, Part
 from samlib.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,7 +142,7 @@ def test_the_findings_are_the_verdicts(pages):
     verdicts = claims.verdicts("quick", open_store("quick", "results"))
     decided = [verdict for verdict in verdicts if verdict.outcome != "not run"]
     source = pages["intro"].path.read_text(encoding="utf-8")
-    for outcome in claims.OUTCOMES[:3]:
+    for outcome in OUTCOMES[:3]:
         expected = sum(verdict.outcome == outcome for verdict in decided)
         assert source.count(f'class="verdict verdict-{outcome.replace(" ", "-")}"') == expected
         assert f"{expected} {outcome}" in pages["intro"].words

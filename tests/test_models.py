@@ -9,12 +9,22 @@ from samlib.spec import ModelSpec
 
 
 def build(seed=0, channels=1, **fields):
-    return models.build(ModelSpec(**fields), channels, 10, data.generator(seed, "init"))
+    return models.build(ModelSpec(**fields), (channels, 8, 8), 10, data.generator(seed, "init"))
 
 
-@pytest.mark.parametrize(("norm", "parameters"), [("batch", 7234), ("group", 7234), ("none", 7178)])
-def test_parameter_counts(norm, parameters):
-    assert sum(p.numel() for p in build(norm=norm).parameters()) == parameters
+@pytest.mark.parametrize(
+    ("fields", "parameters"),
+    [
+        ({}, 7234),
+        ({"norm": "group"}, 7234),
+        ({"norm": "none"}, 7178),
+        ({"name": "mlp", "width": 64}, 9098),
+        ({"name": "mlp", "width": 64, "norm": "group"}, 9098),
+        ({"name": "mlp", "width": 64, "norm": "none"}, 8970),
+    ],
+)
+def test_parameter_counts(fields, parameters):
+    assert sum(p.numel() for p in build(**fields).parameters()) == parameters
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32), (3, 5)])
@@ -22,14 +32,23 @@ def test_output_shape(channels, size):
     assert build(channels=channels)(torch.zeros(4, channels, size, size)).shape == (4, 10)
 
 
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_the_mlp_takes_images_of_the_shape_it_was_built_for(norm):
+    model = models.build(ModelSpec(name="mlp", width=8, norm=norm), (3, 4, 5), 7, data.generator(0, "init"))
+    assert model(torch.zeros(2, 3, 4, 5)).shape == (2, 7)
+    wide = [(m.in_features, m.out_features) for m in model if isinstance(m, torch.nn.Linear)]
+    assert wide == [(60, 8), (8, 8), (8, 7)]
+
+
 def test_no_norm_means_none():
     kinds = {type(module).__name__ for module in build(norm="none").modules()}
     assert not {name for name in kinds if "Norm" in name}
 
 
-def test_dropout_is_there_only_if_asked_for():
-    assert not [m for m in build().modules() if isinstance(m, torch.nn.Dropout)]
-    assert [m.p for m in build(dropout=0.25).modules() if isinstance(m, torch.nn.Dropout)] == [0.25]
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_dropout_is_there_only_if_asked_for(name):
+    assert not [m for m in build(name=name).modules() if isinstance(m, torch.nn.Dropout)]
+    assert [m.p for m in build(name=name, dropout=0.25).modules() if isinstance(m, torch.nn.Dropout)] == [0.25]
 
 
 def test_initial_weights_come_from_the_generator_alone():

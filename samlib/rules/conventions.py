@@ -47,6 +47,7 @@ class Part:
 
 
 MIN_SEEDS = 3
+SPREAD_SEEDS = 10
 FINISHED = ("done", "diverged")
 ABOVE, BELOW = "above", "below"
 
@@ -228,6 +229,73 @@ def judged_part(
     return Part(name, statistic, interval.estimate, low, high, interval.n, outcome, printed)
 
 
+def judged_at(threshold: float, part: Part, claimed: str) -> Part:
+    """The same part judged against another threshold than 0: 1 for a ratio. It has bounds only where they are trusted,
+    so that a part without them stays inconclusive."""
+    outcome = INCONCLUSIVE
+    if part.low > threshold or part.high < threshold:
+        outcome = SUPPORTS if (part.low > threshold) == (claimed == ABOVE) else CONTRADICTS
+    return replace(part, outcome=outcome)
+
+
+def mean_ratio(
+    evidence: Evidence,
+    cell: str,
+    metric: str,
+    a: str,
+    b: str,
+    *,
+    claimed: str = ABOVE,
+    name: str = "",
+    printed: float | None = None,
+) -> Part:
+    """Geometric mean over seeds of a / b in one cell, paired by seed, judged against 1."""
+    first, second = (scores(evidence, cell, role, metric) for role in (a, b))
+    unfit = sorted({seed for arm in (first, second) for seed, value in arm.items() if value <= 0})
+    if unfit:  # a ratio of such values says nothing: the part is shown without them, and decides nothing
+        note(evidence, f"{cell}: {metric} is not above 0 for seeds {listed(unfit)}")
+        first, second = ({s: v for s, v in arm.items() if s not in unfit} for arm in (first, second))
+    interval = stats.geometric_mean_ratio(first, second)
+    statistic = f"{a} / {b} of {metric}, geometric mean, paired by seed"
+    trusted = can_conclude(evidence, [cell], (a, b), interval.n, statistic, MIN_SEEDS) and not unfit
+    return judged_at(1, judged_part(name or cell, statistic, interval, trusted, claimed, printed), claimed)
+
+
+def spread_ratio(
+    evidence: Evidence,
+    cell: str,
+    metric: str,
+    a: str,
+    b: str,
+    *,
+    claimed: str = BELOW,
+    name: str = "",
+    printed: float | None = None,
+) -> Part:
+    """variances: standard deviation over seeds of a divided by that of b, bootstrap over pairs, judged against 1."""
+    first, second = (scores(evidence, cell, role, metric) for role in (a, b))
+    shared = [seed for seed in first if seed in second]
+    interval = stats.sd_ratio([first[seed] for seed in shared], [second[seed] for seed in shared], paired=True)
+    statistic = f"sd of {a} / sd of {b} of {metric} over seeds"
+    trusted = can_conclude(evidence, [cell], (a, b), interval.n, statistic, SPREAD_SEEDS)
+    return judged_at(1, judged_part(name or cell, statistic, interval, trusted, claimed, printed), claimed)
+
+
+def slope_per_doubling(
+    evidence: Evidence, points: Mapping[float, tuple[str, str]], metric: str, *, claimed: str = ABOVE, name: str = ""
+) -> Part:
+    """Mean over seeds of the slope of a metric per doubling of x. `points`: x -> (cell, role) of the arm there."""
+    arms = [scores(evidence, cell, role, metric) for cell, role in points.values()]
+    shared = sorted(set.intersection(*map(set, arms)))
+    interval = stats.slope_over_log2(list(points), [[arm[seed] for arm in arms] for seed in shared])
+    cells, roles = zip(*points.values(), strict=True)
+    statistic = f"slope of {metric} per doubling, {', '.join(dict.fromkeys(roles))}"
+    trusted = can_conclude(
+        evidence, list(dict.fromkeys(cells)), list(dict.fromkeys(roles)), interval.n, statistic, MIN_SEEDS
+    )
+    return judged_part(name or ", ".join(dict.fromkeys(cells)), statistic, interval, trusted, claimed, None)
+
+
 def seeds_in_favour(evidence: Evidence, cell: str, metric: str, a: str, b: str) -> Part:
     """Number of seeds with a - b above 0: all of them support a claim about every seed, none of them contradict it."""
     gaps = stats.differences(scores(evidence, cell, a, metric), scores(evidence, cell, b, metric))
@@ -269,6 +337,11 @@ def some(parts: Sequence[Part], outcome: str) -> bool:
 def for_information(part: Part) -> Part:
     """Shown beside the deciding parts, and decides nothing."""
     return replace(part, outcome=INFORMATION)
+
+
+def most(parts: Sequence[Part], outcome: str) -> bool:
+    """What a rule words as 'a majority': more than half."""
+    return 2 * sum(part.outcome == outcome for part in parts) > len(parts)
 
 
 def printed_gap(evidence: Evidence, cell: str) -> float | None:
