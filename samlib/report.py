@@ -13,6 +13,8 @@ import pandas as pd
 
 from samlib import plots, published, stats
 from samlib.claims import Verdict, part_text
+from samlib.experiments import tuning
+from samlib.experiments.tuning import Choice
 from samlib.rules.conventions import INFORMATION, Part
 from samlib.stats import Interval
 from samlib.study import Study
@@ -116,6 +118,18 @@ def common_settings(study: Study, **pick: Sequence[str]) -> str:
     frame = study.frame(**pick)
     fields = [field for field in frame.columns if "." in field and frame[field].nunique(dropna=False) == 1]
     return textwrap.fill(", ".join(f"{field} = {frame[field].iloc[0]}" for field in fields), PAGE_WIDTH)
+
+
+def tuning_text(study: Study, choices: Iterable[Choice]) -> str:
+    """One block per choice: what the rule gives, and the worst validation accuracy over the dev seeds of each value."""
+    lines = ["value: worst validation accuracy over the dev seeds, in percent"]
+    for choice in choices:
+        rows = finished(study.store.frame(choice.arms)).to_dict("records")
+        found = tuning.validation_accuracies(rows, choice.field)
+        chosen = f"{tuning.choose(found):g}" if found else "missing"
+        lines.append(f"{choice.cell}, {choice.method}, {choice.field}: best by its worst seed {chosen}")
+        lines.append("  " + ", ".join(f"{value:g}: {min(seen):.1f}" for value, seen in found.items()))
+    return "\n".join(lines)
 
 
 def paper_figures(paper: str, table: str, **where: object) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import pytest
 from samlib import experiments, published
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.experiments import Arm, measure, sam_vs_sgd
+from samlib.experiments import Arm, measure, sam_vs_sgd, tuning
 from samlib.spec import MeasureSpec, RunSpec
 from samlib.store import open_store
 
@@ -37,12 +37,6 @@ def test_no_two_arms_share_a_name_and_every_spec_comes_after_its_parent(stem, pr
         seen.add(specs_of.key(spec))
 
 
-def test_dev_seeds_are_apart_from_the_reported_ones():
-    assert not set(sam_vs_sgd.DEV_SEEDS) & set(sam_vs_sgd.SEEDS)
-    for arm in sam_vs_sgd.arms("quick"):
-        assert arm.tuning == (arm.seeds == sam_vs_sgd.DEV_SEEDS)
-
-
 def test_twice_and_half_the_epochs():
     epochs = {(arm.cell, arm.role): arm.specs[0].train.epochs for arm in sam_vs_sgd.arms("quick")}
     for cell in sam_vs_sgd.CELLS:
@@ -56,24 +50,28 @@ def test_arms_of_a_cell_differ_in_the_method_alone():
     assert {name for name in sgd if sgd[name] != sam[name]} == {"optim.method", "optim.rho"}
 
 
+CHOICES = [(stem, choice) for stem in experiments.STEMS for choice in getattr(experiments.load(stem), "TUNING", ())]
+
+
 @pytest.mark.parametrize(
-    ("cell", "method", "field", "chosen"),
-    [
-        ("plain", "sgd", "optim.lr", sam_vs_sgd.LR["plain"]),
-        ("plain", "sam", "optim.rho", sam_vs_sgd.RHO["plain"]),
-        ("clean", "sgd", "optim.lr", sam_vs_sgd.LR["clean"]),
-        ("clean", "sam", "optim.rho", sam_vs_sgd.RHO["clean"]),
-        ("noise40", "sam", "optim.rho", sam_vs_sgd.RHO["noise40"]),
-        ("noise40", "sgd", "optim.lr", sam_vs_sgd.LR_UNDER_NOISE),
-    ],
+    ("stem", "choice"), CHOICES, ids=[f"{stem} {c.cell} {c.method} {c.field}" for stem, c in CHOICES]
 )
-def test_chosen_settings_follow_the_stated_rule_on_the_committed_tuning_records(cell, method, field, chosen):
-    frame = open_store("quick").frame([arm for arm in sam_vs_sgd.tuning() if arm.cell == f"tuning {cell}"])
+def test_chosen_settings_follow_the_stated_rule_on_the_committed_tuning_records(stem, choice):
+    frame = open_store("quick").frame(choice.arms)
     assert set(frame["status"]) == {"done"}
-    found = sam_vs_sgd.validation_accuracies(frame[frame["optim.method"] == method].to_dict("records"), field)
-    assert {len(accuracies) for accuracies in found.values()} == {len(sam_vs_sgd.DEV_SEEDS)}
-    assert sam_vs_sgd.choose(found) == chosen
-    assert min(found) < chosen < max(found)  # the grid goes on to both sides of the choice
+    found = tuning.validation_accuracies(frame.to_dict("records"), choice.field)
+    assert {len(accuracies) for accuracies in found.values()} == {len(tuning.DEV_SEEDS)}
+    assert tuning.choose(found) == choice.chosen
+    assert min(found) < choice.chosen < max(found)  # the grid goes on to both sides of the choice
+
+
+@pytest.mark.parametrize("stem", experiments.STEMS)
+def test_choices_are_run_on_seeds_of_their_own(stem):
+    """And what was chosen is what the arms that are reported use."""
+    arms = experiments.arms(stem, "quick")
+    choices = getattr(experiments.load(stem), "TUNING", ())
+    assert [arm for arm in arms if arm.tuning] == list(tuning.arms(choices))
+    assert not {seed for arm in arms if not arm.tuning for seed in arm.seeds} & set(tuning.DEV_SEEDS)
 
 
 def test_the_setting_with_less_noise_is_not_tuned():
@@ -83,11 +81,11 @@ def test_the_setting_with_less_noise_is_not_tuned():
 
 def test_the_choice_goes_by_the_worst_seed_then_by_the_mean_then_to_the_smaller():
     rows = pd.DataFrame({"rho": [0.1, 0.1, 0.4, 0.4], "validation_accuracy_pct": [80.0, 82.0, 95.0, 10.0]})
-    found = sam_vs_sgd.validation_accuracies(rows.to_dict("records"), "rho")
+    found = tuning.validation_accuracies(rows.to_dict("records"), "rho")
     assert found == {0.1: [80.0, 82.0], 0.4: [95.0, 10.0]}
-    assert sam_vs_sgd.choose(found) == 0.1
-    assert sam_vs_sgd.choose(found | {0.2: [80.0, 83.0]}) == 0.2
-    assert sam_vs_sgd.choose(found | {0.05: [82.0, 80.0]}) == 0.05
+    assert tuning.choose(found) == 0.1
+    assert tuning.choose(found | {0.2: [80.0, 83.0]}) == 0.2
+    assert tuning.choose(found | {0.05: [82.0, 80.0]}) == 0.05
 
 
 def test_a_variation_has_keys_of_its_own_and_leaves_tuning_alone():

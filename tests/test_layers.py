@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "claims": {"errors", "experiments", "store", "rules", "published"},
     "plots": {"errors", "stats", "matplotlib", "numpy", "pandas", "seaborn"},
     "study": {"errors", "experiments", "store", "claims", "published", "sweep", "pandas"},
-    "report": {"claims", "plots", "published", "rules", "stats", "study", "numpy", "pandas"},
+    "report": {"claims", "experiments", "plots", "published", "rules", "stats", "study", "numpy", "pandas"},
     "compare": {"experiments", "spec", "store", "claims", "pandas"},
     "verify": {"spec", "store", "sweep", "train"},
     "export": RECORDS | {"pandas"},
