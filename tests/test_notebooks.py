@@ -20,6 +20,9 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 from samlib import experiments, plots, report, stats
+from samlib.experiments import sam_vs_sgd
+from samlib.store import Store
+from samlib.study import open_study
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -230,3 +233,15 @@ def test_interval_text():
 def test_bounds_on_rounding_errors(value, text):
     assert report.bound(value) == text
     assert value < float(text)
+
+
+def test_the_text_of_the_tuning_holds_the_rule_and_its_numbers():
+    lines = report.tuning_text(open_study("sam_vs_sgd"), sam_vs_sgd.TUNING[:1]).splitlines()
+    choice = sam_vs_sgd.TUNING[0]
+    assert lines[1] == f"plain, sgd, optim.lr: best by its worst seed {choice.chosen:g}"
+    assert [entry.partition(":")[0].strip() for entry in lines[2].split(",")] == [f"{v:g}" for v in choice.grid]
+
+
+def test_a_choice_without_records_is_missing(tmp_path):
+    empty = dataclasses.replace(open_study("sam_vs_sgd"), store=Store(tmp_path))
+    assert "best by its worst seed missing" in report.tuning_text(empty, sam_vs_sgd.TUNING[:1])

@@ -49,6 +49,29 @@ def test_round_trip(store):
     assert found.spec == specs_of.canonical(SPEC)
 
 
+def test_the_tables_of_runs_and_of_their_measures_in_one_frame(store):
+    """Only of those that are done, the same whose numbers count."""
+    arm = Arm("sgd", "cell", SPEC, (0, 1, 2), (measure("lambda_max"), measure("lambda_max", split="test")))
+    first, second, _ = arm.specs
+    tested = [arm.measures_of(member)[1] for member in arm.specs]
+    store.save(record(first, table={"t": [0.0, 1.0], "loss": [2.0, 3.0]}))
+    store.save(record(second, "diverged", table={"t": [0.0], "loss": [9.0]}))
+    store.save(record(tested[1], table={"t": [0.5], "loss": [4.0]}))
+    store.save(record(tested[2], numerics=NUMERICS - 1, table={"t": [0.5], "loss": [9.0]}))
+    own = store.tables([arm])
+    assert own.to_dict("list") == {
+        "t": [0.0, 1.0],
+        "loss": [2.0, 3.0],
+        "cell": ["cell", "cell"],
+        "role": ["sgd", "sgd"],
+        "seed": [0, 0],
+    }
+    measured = store.tables([arm], "lambda_max@split=test")
+    assert measured[["seed", "t", "loss"]].to_dict("list") == {"seed": [1], "t": [0.5], "loss": [4.0]}
+    assert store.tables([arm], "lambda_max").empty
+    assert list(store.tables([arm], "no such measure")) == ["cell", "role", "seed"]
+
+
 def test_an_absent_record_is_none(store):
     assert store.load(specs_of.key(SPEC)) is None
     assert store.recorded() == []
@@ -90,6 +113,8 @@ def test_a_reader_never_sees_a_part_of_a_record(store, monkeypatch):
         (with_spec('{"kind":"check","check":"dual_norm","settings":{"p":NaN}}'), ["does not fit"]),
         (lambda text: text.replace('"history":{}', '"history":5'), ["no numbers", "history"]),
         (lambda text: text.replace('"history":{}', '"history":{"epoch":[1,2],"step":[1]}'), ["no numbers", "history"]),
+        (lambda text: text.replace('"table":{}', '"table":{"t":[0,1],"loss":[1]}'), ["no numbers", "table"]),
+        (lambda text: text.replace('"table":{}', '"table":{"t":["0"]}'), ["no numbers", "table"]),
         (lambda text: text.replace('"final":{}', '"final":{"last":5}'), ["no numbers", "final"]),
         (lambda text: text.replace('"measures":{}', '"measures":{"lambda_max":"7"}'), ["no numbers", "measures"]),
         (lambda text: text.replace('"perturbation":{}', '"perturbation":[]'), ["no numbers", "perturbation"]),
