@@ -74,6 +74,8 @@ METRICS = {
     "lambda_max": "lambda_max, top Hessian eigenvalue",
     "adversarial_sharpness": "sharpness, rise of the training loss (nats)",
     "epoch": "epoch",
+    "train.batch_size": "batch size",
+    "optim.num_shards": "shards per mini-batch",
 }
 EPOCHS = {"best_test": "best test epoch", "best_validation": "best validation epoch"}
 
@@ -238,6 +240,58 @@ def by_role(frame: pd.DataFrame, metric: str) -> Figure:
 
 
 @drawn
+def against(
+    frame: pd.DataFrame,
+    x: str,
+    metric: str,
+    *,
+    panels: Mapping[str, Sequence[str]] | None = None,
+    lines: Mapping[str, Sequence[str]] | None = None,
+    log_y: bool = False,
+) -> Figure:
+    """A metric against a setting on a log2 axis: a faint dot per seed, means with their 95% intervals joined by a line.
+
+    Lines stand a little beside each other, so that intervals at one x do not hide each other.
+
+    Args:
+        frame: one row per run, with cell, role, seed, status, x and the metric; see `Store.frame`.
+        x: a column of positive numbers, such as 'train.batch_size' or 'optim.num_shards'.
+        panels: title -> cells shown in that panel; by default one panel per cell.
+        lines: role that gives the look -> roles on the line, where roles differ along x; by default a line per role.
+        log_y: a log axis, with geometric means over seeds and the interval of the mean logarithm.
+
+    Without any finished run the figure says so.
+
+    Raises:
+        InputError: the frame lacks a column, a role has no colour, a value has no place on a log axis, or a panel holds
+            two runs of one seed at one point of a line.
+    """
+    _need(frame, (x,))
+    done = finished(frame, metric)
+    if done.empty:
+        return _nothing_yet()
+    panels = {cell: (cell,) for cell in frame["cell"].unique()} if panels is None else panels
+    unknown = {cell for cells in panels.values() for cell in cells} - set(frame["cell"])
+    if unknown:
+        raise InputError(f"panels name the cells {sorted(unknown)}: the frame has {', '.join(frame['cell'].unique())}")
+    lines = {role: (role,) for role in frame["role"].unique()} if lines is None else lines
+    _need_positive(done, [x, metric] if log_y else [x])
+    figure, grid = _panels(list(panels), height=3.0)
+    for cells, axes in zip(panels.values(), grid, strict=True):
+        here = done[done["cell"].isin(cells)]
+        for place, (look, roles) in enumerate(lines.items()):
+            beside = 2 ** (0.08 * (place - (len(lines) - 1) / 2))
+            _line_of_means(axes, style(look), here[here["role"].isin(roles)], x, metric, beside, log_y)
+        _log2_axis(axes, sorted(frame.loc[frame["cell"].isin(cells), x].unique()))
+        axes.set_xlabel(axis_label(x))
+    if log_y:
+        grid[0].set_yscale("log")  # the panels share it
+    grid[0].set_ylabel(axis_label(metric))
+    _legend_below(figure, grid)
+    return figure
+
+
+@drawn
 def scoreboard(rows: Iterable[Mapping[str, object]] | pd.DataFrame) -> Figure:
     """Every claim with its outcome, one panel per paper, and the number of claims by outcome.
 
@@ -398,6 +452,47 @@ def _curve(axes: Axes, look: Style, rows: pd.DataFrame, metric: str) -> None:
     axes.plot(epochs, [point.estimate for point in found], look.line, color=look.colour, label=look.label, **marks)
     low, high = [point.low for point in found], [point.high for point in found]
     axes.fill_between(epochs, low, high, color=look.colour, alpha=0.18, linewidth=0)
+
+
+def _line_of_means(
+    axes: Axes, look: Style, rows: pd.DataFrame, x: str, metric: str, beside: float, log_y: bool
+) -> None:
+    repeated = rows[rows.duplicated([x, "seed"])]
+    if len(repeated):
+        value, seed = repeated.iloc[0][[x, "seed"]]
+        raise InputError(f"{look.label} at {x} = {value:g} holds seed {seed:g} twice: name fewer roles or cells for it")
+    average = _geometric_mean if log_y else stats.mean
+    points = {value: average(arm[metric].astype(float).tolist()) for value, arm in rows.groupby(x)}
+    axes.scatter(rows[x] * beside, rows[metric], s=10, color=look.colour, alpha=0.3, linewidths=0, zorder=2)
+    places, found = [value * beside for value in points], list(points.values())
+    for place, point in zip(places, found, strict=True):
+        axes.plot([place, place], [point.low, point.high], color=look.colour, linewidth=1.6, zorder=3)
+    marks = {"marker": look.marker, "markersize": 5.5, "markerfacecolor": look.face, "markeredgewidth": 1.4}
+    means = [point.estimate for point in found]
+    axes.plot(places, means, look.line, color=look.colour, label=look.label, linewidth=1.2, zorder=4, **marks)
+
+
+def _geometric_mean(values: Sequence[float]) -> stats.Interval:
+    return stats.geometric_mean_ratio(dict(enumerate(values)), dict.fromkeys(range(len(values)), 1.0))
+
+
+def _log2_axis(axes: Axes, values: Sequence[float]) -> None:
+    """Ticks at the settings that were run, and at no others."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
+    axes.set_xlim(values[0] / 1.3, values[-1] * 1.3)
+
+
+def _need_positive(done: pd.DataFrame, columns: Sequence[str]) -> None:
+    for name in columns:
+        unfit = done[done[name].astype(float) <= 0]
+        if len(unfit):
+            cell, role, seed = unfit.iloc[0][["cell", "role", "seed"]]
+            raise InputError(
+                f"{name} is not above 0 for seed {seed} of {role} in {cell}: a log axis has no place for it, leave "
+                "such runs out first"
+            )
 
 
 def _legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
