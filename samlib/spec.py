@@ -146,6 +146,10 @@ class OptimSpec(_Part):
     shard_batchnorm: str = _choice(
         "shard", ("shard", "batch"), "batch-norm statistics of a shard's passes: its own, or the whole mini-batch's"
     )
+    ascent_from: float = _number(
+        0.0, "share of the training steps before which SGD steps alone, on the whole mini-batch", low=0, high=1
+    )
+    ascent_until: float = _number(1.0, "share of the training steps from which SGD steps alone again", low=0, high=1)
     second_pass_batchnorm: str = _choice(
         "frozen", ("frozen", "update", "eval"), "batch norm at w + eps: running statistics frozen, updated, or used"
     )
@@ -170,8 +174,23 @@ class OptimSpec(_Part):
             raise InputError(
                 f"optim.scaled = {self.scaled!r} needs optim.method = 'asam', got {self.method!r}: use 'all'"
             )
+        if self.ascent_from >= self.ascent_until:
+            raise InputError(
+                f"optim.ascent_from = {self.ascent_from} is not below optim.ascent_until = {self.ascent_until}: "
+                "use a smaller one, or method 'sgd' for no ascent at all"
+            )
+        if self.method == "sgd" and self.is_hybrid:
+            raise InputError(
+                f"optim.ascent_from = {self.ascent_from} and optim.ascent_until = {self.ascent_until} need a method "
+                "with an ascent, got 'sgd': leave them at 0 and 1"
+            )
         if self.nesterov and self.momentum == 0:
             raise InputError("optim.nesterov = True needs optim.momentum above 0, got 0.0")
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether the ascent acts in a part of the training only."""
+        return (self.ascent_from, self.ascent_until) != (0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +222,11 @@ class RunSpec:
         _check_seed(self.seed)
         if self.train.logged_loss == "w+eps" and (self.optim.method == "sgd" or self.optim.rho == 0):
             raise InputError("train.logged_loss = 'w+eps' needs a method other than sgd and optim.rho above 0: use 'w'")
+        if self.train.logged_loss == "w+eps" and self.optim.is_hybrid:
+            raise InputError(
+                "train.logged_loss = 'w+eps' needs an ascent in every step, but optim.ascent_from = "
+                f"{self.optim.ascent_from} and optim.ascent_until = {self.optim.ascent_until}: use 'w'"
+            )
         shards, batch = num_shards(self), self.train.batch_size
         if shards > batch:
             raise InputError(

@@ -162,6 +162,11 @@ class Training:
         size, batch = len(self.splits.train), self.spec.train.batch_size
         return size // batch if self.spec.train.drop_last else math.ceil(size / batch)
 
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+        return self.spec.train.epochs * self.steps_per_epoch
+
     def go_on(self, save: Callable[[], None]) -> None:
         """Trains to the end, calling `save` about once a minute between two epochs."""
         saved = time.perf_counter()
@@ -185,10 +190,13 @@ class Training:
 
     def one_step(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """One step of any method, and the loss that is logged."""
+        ascent = ascends(self.spec.optim, self.step, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.spec.optim, self.step, self.spec.train.epochs * self.steps_per_epoch)
+            group["lr"] = learning_rate(self.spec.optim, self.step, self.steps)
+            if "rho" in group:  # with rho 0 a SAM makes the step of its base optimiser, on the same momentum
+                group["rho"] = self.spec.optim.rho if ascent else 0.0
         self.step += 1
-        shards = Shards(self.spec, self.model, self.optimizer, inputs, labels)
+        shards = Shards(self.spec, self.model, self.optimizer, inputs, labels, whole=not ascent)
         if isinstance(self.optimizer, optim.SAM):
             loss = self.optimizer.step(
                 shards.closures, weights=shards.weights, replay_rng=self.spec.train.replay_dropout
@@ -230,8 +238,9 @@ class Training:
 
     def effective_perturbation(self) -> dict[str, float]:
         """How much of the last point's perturbation acts at the run's precision, on the first images in order (a
-        mini-batch, or a shard of one where the ascent is taken per shard)."""
-        if self.status != "done" or self.spec.optim.method not in ("sam", "asam"):
+        mini-batch, or a shard of one where the ascent is taken per shard). Empty where the last step had no ascent."""
+        ascent = ascends(self.spec.optim, self.step - 1, self.steps)
+        if self.status != "done" or self.spec.optim.method not in ("sam", "asam") or not ascent:
             return {}
         self.model.train()
         size = self.spec.train.batch_size
@@ -282,14 +291,23 @@ class Training:
 
 
 class Shards:
-    """The closures of one step: one per shard of the mini-batch, each called first at w and then at w + eps."""
+    """The closures of one step: one per shard of the mini-batch, each called first at w and then at w + eps.
+
+    With `whole` there is one, of the whole mini-batch.
+    """
 
     def __init__(
-        self, spec: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor
+        self,
+        spec: RunSpec,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        inputs: Tensor,
+        labels: Tensor,
+        whole: bool = False,
     ) -> None:
         self.spec, self.model, self.optimizer = spec, model, optimizer
         self.inputs, self.labels = inputs, labels
-        self.parts = self._split(len(labels))
+        self.parts = [slice(0, len(labels))] if whole else self._split(len(labels))
         self.closures = [partial(self.loss_and_gradient, part) for part in self.parts]
         sizes = [part.stop - part.start for part in self.parts]
         self.weights = None if len(set(sizes)) == 1 else [size / len(labels) for size in sizes]
@@ -398,6 +416,15 @@ class ClippedSGD(torch.optim.SGD):
         nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], self.clip_norm)
         super().step()
         return loss
+
+
+def ascends(spec: OptimSpec, step: int, steps: int) -> bool:
+    """Whether the ascent of the method acts in a step, counted from 0.
+
+    It does from step round(ascent_from * steps) up to, and without, round(ascent_until * steps): two hybrids that
+    switch at one share, in opposite directions, divide the steps between them.
+    """
+    return spec.method != "sgd" and round(spec.ascent_from * steps) <= step < round(spec.ascent_until * steps)
 
 
 def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:

@@ -111,6 +111,122 @@ def test_shards_without_batch_norm_and_without_perturbation_are_the_whole_batch(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------ hybrids
+
+MSAM = change(num_shards=4, epochs=4)  # 12 steps
+SGD = change(MSAM, method="sgd", num_shards=1)
+
+
+def outcome(store, spec):
+    return numbers(train.run(spec, store, "cpu")), weights(store, spec)
+
+
+def agree(store, one, two):
+    (numbers_of_one, weights_of_one), (numbers_of_two, weights_of_two) = outcome(store, one), outcome(store, two)
+    return numbers_of_one == numbers_of_two and same(weights_of_one, weights_of_two)
+
+
+@pytest.mark.parametrize("method", ["sam", "asam", "average_sam"])
+def test_a_hybrid_whose_ascent_never_acts_is_sgd_bit_for_bit(store, method):
+    """Shards, too, belong to the ascent: SGD steps on the whole mini-batch."""
+    never = change(MSAM, method=method, ascent_from=0.5, ascent_until=0.51)
+    assert agree(store, never, SGD)
+    assert not agree(store, change(never, ascent_until=0.6), SGD)  # one step of twelve
+
+
+def test_a_hybrid_whose_ascent_acts_in_every_step_is_msam_bit_for_bit(store):
+    always = change(MSAM, ascent_from=0.04, ascent_until=0.96)
+    assert specs_of.key(always) != specs_of.key(MSAM)
+    assert agree(store, always, MSAM)
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        ((0.0, 1.0), range(12)),
+        ((0.0, 0.5), range(6)),
+        ((0.5, 1.0), range(6, 12)),
+        ((0.0, 0.2), range(2)),  # 2.4 steps
+        ((0.2, 1.0), range(2, 12)),
+        ((0.8, 1.0), range(10, 12)),  # 9.6 steps
+        ((0.25, 0.75), range(3, 9)),
+    ],
+)
+def test_the_first_and_the_last_step_of_the_ascent(window, expected):
+    """Seen in a whole training, by the radius and the number of closures the optimiser was given."""
+    training = train.Training.start(change(MSAM, ascent_from=window[0], ascent_until=window[1]), CPU)
+    step, seen = training.optimizer.step, []
+
+    def noted(closures, **options):
+        seen.append((training.optimizer.param_groups[0]["rho"], len(closures)))
+        return step(closures, **options)
+
+    training.optimizer.step = noted
+    training.go_on(lambda: None)
+    assert seen == [(0.1, 4) if index in expected else (0.0, 1) for index in range(12)]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.55, 0.8])
+@pytest.mark.parametrize("steps", [1, 7, 100, 160, 300])
+def test_the_two_directions_of_a_switch_divide_the_steps(share, steps):
+    first, last = OptimSpec("sam", ascent_until=share), OptimSpec("sam", ascent_from=share)
+    acts = [(train.ascends(first, step, steps), train.ascends(last, step, steps)) for step in range(steps)]
+    assert all(one != other for one, other in acts)
+    assert sum(one for one, _ in acts) == round(share * steps)
+
+
+@pytest.mark.parametrize("first", ["sgd", "msam"])
+def test_momentum_is_carried_over_the_switch(store, first):
+    """By hand: half with one optimiser, half with another that is handed the momentum. Without it, not the same."""
+    window = {"ascent_from": 0.5} if first == "sgd" else {"ascent_until": 0.5}
+    hybrid = change(MSAM, **window)
+    train.run(hybrid, store, "cpu")
+    assert same(weights(store, hybrid), by_hand(first, hands_over=True))
+    assert not same(weights(store, hybrid), by_hand(first, hands_over=False))
+
+
+def by_hand(first, *, hands_over):
+    parts = [SGD, MSAM] if first == "sgd" else [MSAM, SGD]
+    one, two = (train.Training.start(spec, CPU) for spec in parts)
+    for _ in range(2):
+        one.one_epoch()
+    two.model.load_state_dict(one.model.state_dict())
+    two.order.set_state(one.order.get_state())
+    two.epoch, two.step = one.epoch, one.step
+    if hands_over:
+        for ours, theirs in zip(two.model.parameters(), one.model.parameters(), strict=True):
+            two.optimizer.state[ours]["momentum_buffer"] = one.optimizer.state[theirs]["momentum_buffer"]
+    for _ in range(2):
+        two.one_epoch()
+    return two.model.state_dict()
+
+
+@pytest.mark.parametrize("window", [{"ascent_from": 0.4}, {"ascent_until": 0.4}], ids=str)
+def test_a_hybrid_cut_before_or_after_its_switch_ends_as_if_it_had_not_been(store, window, tmp_path):
+    """The switch is in the second of four epochs."""
+    spec = change(MSAM, **window)
+    whole, expected = outcome(store, spec)
+    for cut in (1, 2):
+        training, path = train.Training.start(spec, CPU), tmp_path / f"cut {cut}"
+        for _ in range(cut):
+            training.one_epoch()
+        training.save(path)
+        again = train.Training.start(spec, CPU)
+        again.resume(path)
+        again.go_on(lambda: None)
+        assert numbers(again.record()) == whole
+        assert same(again.model.state_dict(), expected)
+
+
+def test_what_acts_of_the_perturbation_is_measured_where_the_last_step_had_one(store):
+    assert train.run(change(MSAM, ascent_from=0.5), store, "cpu").perturbation["norm_ratio"] == pytest.approx(1, 1e-3)
+    assert train.run(change(MSAM, ascent_until=0.5), store, "cpu").perturbation == {}
+
+
+def test_sgd_takes_the_whole_mini_batch_whatever_the_shards(store):
+    assert agree(store, change(SGD, num_shards=4), SGD)
+
+
 # ------------------------------------------------------------------------------------------------ resuming
 
 
