@@ -1,5 +1,6 @@
 """The records of a profile as flat CSV files, with a data dictionary: for readers who work in another language."""
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -137,6 +138,7 @@ def _tables(profile: str, read, kind: type) -> pd.DataFrame:
     found = []
     for stem in experiments.STEMS:
         arms = [arm for arm in experiments.arms(stem, profile) if isinstance(arm.base, kind)]
+        arms = [dataclasses.replace(arm, curves=()) for arm in arms]  # the curves are in history.csv
         table = read(arms)
         if len(table):
             table.insert(0, "experiment", stem)

@@ -146,6 +146,39 @@ def sd_ratio(a: Sequence[float], b: Sequence[float], *, paired: bool, confidence
     return Interval(math.exp(estimate), math.exp(low), math.exp(high), n, confidence, method)
 
 
+def curve_sd_ratio(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], *, confidence: float = 0.95) -> Interval:
+    """Mean over the points of a curve of the standard deviation over seeds, that of a divided by that of b.
+
+    Seeds are drawn whole, with their curve and its partner: neighbouring points of a curve are no new evidence. The
+    bootstrap works on the log ratio, and with one point per curve it is that of `sd_ratio`.
+
+    Args:
+        a, b: one row per seed, a[i] and b[i] of the same one, shape (seeds, points).
+
+    Raises:
+        InputError: a value is not finite, or the shapes do not fit.
+    """
+    a, b = _finite("a", a), _finite("b", b)
+    n = len(a)
+    if len(b) != n or (n and not (a.ndim == b.ndim == 2 and a.shape[1] and b.shape[1])):
+        raise InputError(
+            f"a and b have shapes {a.shape} and {b.shape}: use one row of points per seed, as many in each"
+        )
+    if n < 2 or not (np.ptp(a, axis=0).any() and np.ptp(b, axis=0).any()):
+        return _undefined(math.nan, n, confidence, "bootstrap")
+
+    def log_ratio(i: np.ndarray, j: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.log(_mean_sd(a, i)) - np.log(_mean_sd(b, j))
+
+    estimate, low, high, method = _bootstrap((np.arange(n), np.arange(n)), log_ratio, True, confidence)
+    return Interval(math.exp(estimate), math.exp(low), math.exp(high), n, confidence, method)
+
+
+def _mean_sd(curves: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """Of the curves of these seeds, shape (..., seeds): the standard deviation over them, mean over the points."""
+    return curves[seeds.astype(int)].std(axis=-2, ddof=1).mean(axis=-1)
+
+
 def brown_forsythe(a: Sequence[float], b: Sequence[float]) -> float:
     """p value of the Brown-Forsythe test that a and b have the same spread.
 

@@ -187,8 +187,9 @@ class Store:
         """One row per member of the arms.
 
         Columns: cell, role, seed, key, status, every field of the spec by its dotted name, the metrics of the last
-        epoch (`test_accuracy_pct`) and of two others (`test_accuracy_pct@best_validation`), and the measures. A run
-        without a record is a row of status 'missing'; one made by older code is 'stale'.
+        epoch (`test_accuracy_pct`) and of two others (`test_accuracy_pct@best_validation`), and the measures; for the
+        `curves` of an arm also every evaluated epoch (`running_loss@epoch=20`). A run without a record is a row of
+        status 'missing'; one made by older code is 'stale'.
         """
         rows = [self._row(arm, member) for arm in arms for member in arm.specs]
         return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["cell", "role", "seed", "key", "status"])
@@ -231,7 +232,7 @@ class Store:
         if record is None:
             return row
         row["status"] = "stale" if record.stale else record.status
-        row |= metrics(record)
+        row |= metrics(record) | curve_columns(record, arm.curves)
         for measure in arm.measures_of(member):
             measured = self.load(specs_of.key(measure))
             value = (
@@ -256,6 +257,16 @@ def metrics(record: Record) -> dict[str, float | None]:
         row |= {f"{metric}@{name}": value for metric, value in record.final.get(name, {}).items()}
     row |= {f"perturbation_{name}": value for name, value in record.perturbation.items()}
     return row | record.measures | {"wall_seconds": record.wall_seconds}
+
+
+def curve_columns(record: Record, names: Iterable[str]) -> dict[str, float | None]:
+    """Columns of a record's history, each value under a name of its own: `running_loss@epoch=20`."""
+    return {
+        f"{name}@epoch={epoch:g}": value
+        for name in names
+        if name in record.history
+        for epoch, value in zip(record.history["epoch"], record.history[name], strict=True)
+    }
 
 
 def measure_columns(measure: MeasureSpec, values: dict[str, float | None]) -> dict[str, float | None]:

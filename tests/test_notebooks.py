@@ -148,7 +148,8 @@ def one_per_cent_off(function, field):
 def test_every_statistic_is_tried():
     public = {name for name, value in vars(stats).items() if callable(value) and value.__module__ == stats.__name__}
     tried = {name for name, _ in STATISTICS} | {"brown_forsythe"}
-    assert {name for name in public if not name.startswith("_")} - tried == {"Interval", "differences"}
+    others = {"Interval", "differences", "curve_sd_ratio"}  # the last on page 02 alone
+    assert {name for name in public if not name.startswith("_")} - tried == others
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,31 @@ def test_spread_interval_agrees_with_scipy_on_the_log_ratio():
         assert (found.estimate, found.method) == (pytest.approx(a.std() / b.std()), "BCa bootstrap")
 
 
+def test_the_spread_of_curves_agrees_with_scipy_on_whole_curves():
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(2, 10, 6)) * np.linspace(1, 3, 6) + rng.normal(size=(2, 10, 1))
+    found = stats.curve_sd_ratio(a, b)
+
+    def log_ratio(*points, axis):  # every point of the two curves as a sample of its own, drawn together
+        spreads = [point.std(axis=axis, ddof=1) for point in points]
+        return np.log(sum(spreads[:6]) / sum(spreads[6:]))
+
+    expected = scipy.stats.bootstrap(
+        (*a.T, *b.T), log_ratio, paired=True, rng=np.random.default_rng(5)
+    ).confidence_interval
+    assert found.estimate == pytest.approx(a.std(axis=0, ddof=1).mean() / b.std(axis=0, ddof=1).mean())
+    assert (found.low, found.high) == pytest.approx(tuple(np.exp(expected)), rel=0.05)
+    assert (found.n, found.method) == (10, "BCa bootstrap")
+
+
+def test_a_curve_of_one_point_is_a_value():
+    a, b = sample(10, 1, 2.0), sample(10, 2)
+    expected = stats.sd_ratio(a, b, paired=True)
+    assert bounds(stats.curve_sd_ratio(a[:, None], b[:, None])) == pytest.approx(bounds(expected), rel=1e-12)
+    repeated = stats.curve_sd_ratio(np.tile(a[:, None], 7), b[:, None])  # rounding may break a tie among resamples
+    assert bounds(repeated) == pytest.approx(bounds(expected), rel=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------- closed forms
 
 
@@ -212,6 +237,9 @@ def test_fewer_than_two_units_have_no_interval(values):
     assert math.isnan(stats.unpaired_difference(values, [1.0, 2.0, 3.0]).low)
     assert math.isnan(stats.sd_ratio(values, [1.0, 2.0], paired=False).low)
     assert math.isnan(stats.geometric_mean_ratio({0: 1.0}, {1: 1.0}).estimate)
+    curves = [[value, 2.0] for value in values]
+    assert math.isnan(stats.curve_sd_ratio(curves, curves).estimate)
+    assert stats.curve_sd_ratio(curves, curves).n == len(values)
 
 
 def test_without_variance_the_interval_is_a_point():
@@ -224,6 +252,8 @@ def test_without_variance_spread_and_correlation_are_undefined():
     for constant_side in ((varied, [3.0] * 3), ([3.0] * 3, varied)):
         assert all(map(math.isnan, bounds(stats.sd_ratio(*constant_side, paired=True))))
         assert all(map(math.isnan, bounds(stats.correlation(*constant_side))))
+        curves = (np.array(side)[:, None] for side in constant_side)
+        assert all(map(math.isnan, bounds(stats.curve_sd_ratio(*curves))))
     assert math.isnan(stats.brown_forsythe([1.0, 1.0], [3.0, 3.0]))
 
 
@@ -238,6 +268,7 @@ def test_the_bootstrap_repeats_itself():
     a, b = sample(9, 1), sample(9, 2)
     assert stats.sd_ratio(a, b, paired=False) == stats.sd_ratio(a, b, paired=False)
     assert stats.correlation(a, b) == stats.correlation(a, b)
+    assert stats.curve_sd_ratio(a[:, None], b[:, None]) == stats.curve_sd_ratio(a[:, None], b[:, None])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -250,6 +281,7 @@ def test_the_bootstrap_repeats_itself():
         lambda bad: stats.geometric_mean_ratio({0: bad}, {0: 1.0}),
         lambda bad: stats.sd_ratio([1.0, bad], [1.0, 2.0], paired=True),
         lambda bad: stats.brown_forsythe([bad], [1.0]),
+        lambda bad: stats.curve_sd_ratio([[1.0], [bad]], [[1.0], [2.0]]),
         lambda bad: stats.slope_over_log2([1, 2], [[1.0, bad]]),
         lambda bad: stats.correlation([1.0, 2.0, bad], [1.0, 2.0, 3.0]),
     ],
@@ -267,6 +299,9 @@ def test_a_value_that_is_not_finite_is_refused(call, bad):
         (lambda: stats.correlation([1.0] * 3, [1.0] * 3, kind="kendall"), "use one of pearson, spearman"),
         (lambda: stats.correlation([1.0] * 3, [1.0] * 4), "3 and 4 values"),
         (lambda: stats.sd_ratio([1.0, 2.0], [1.0, 2.0, 3.0], paired=True), "2 and 3 values"),
+        (lambda: stats.curve_sd_ratio([[1.0], [2.0]], [[1.0]]), r"shapes \(2, 1\) and \(1, 1\)"),
+        (lambda: stats.curve_sd_ratio([1.0, 2.0], [1.0, 2.0]), "one row of points per seed"),
+        (lambda: stats.curve_sd_ratio([[], []], [[], []]), "one row of points per seed"),
         (lambda: stats.geometric_mean_ratio({3: 0.0}, {3: 1.0}), r"a\[3\] = 0.0 has no logarithm"),
         (lambda: stats.slope_over_log2([1, 2], [1.0, 2.0]), "one row per seed"),
         (lambda: stats.slope_over_log2([1, 2, 3], [[1.0, 2.0]]), "one row per seed"),

@@ -1,5 +1,6 @@
 """Records: atomic writes, round trips, frames, and a clear error for every file that cannot be used."""
 
+import dataclasses
 import json
 import math
 import os
@@ -197,6 +198,18 @@ def test_frame_shows_each_state_and_measures_beside_their_model(store):
     assert frame.loc[0, "perturbation_cosine"] == 1.0
     assert frame["optim.rho"].tolist() == [0.1] * 4
     assert frame["cell"].unique().tolist() == ["cell"]
+
+
+def test_curves_that_an_arm_asks_for_are_columns_of_its_frame(store):
+    arm = Arm("sam", "cell", SPEC, (0, 1, 2), curves=("running_loss", "test_loss"))
+    history = {"epoch": [10, 20.0], "running_loss": [1.0, 0.5], "train_loss": [2.0, 1.5]}  # no test_loss in it
+    for member in arm.specs[:2]:
+        store.save(record(member, history=history))
+    frame = store.frame([arm]).set_index("seed")
+    assert [name for name in frame if "@epoch=" in name] == ["running_loss@epoch=10", "running_loss@epoch=20"]
+    assert frame["running_loss@epoch=20"].tolist() == [0.5, 0.5, pytest.approx(math.nan, nan_ok=True)]
+    assert not [name for name in store.frame([dataclasses.replace(arm, curves=())]) if "@epoch=" in name]
+    assert "running_loss@epoch=20" not in store.frame([dataclasses.replace(arm, seeds=(2,))])  # nothing has run
 
 
 def test_frames_of_nothing_have_their_columns(store):

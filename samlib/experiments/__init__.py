@@ -31,7 +31,8 @@ class Arm:
     `base` is the spec of which every member is a copy with its own seed and `epochs_factor` times the epochs (a factor
     and not a number, so that a reader's variation of the epochs keeps 'twice' and 'half' true). `measures` are
     templates: each is taken of every member, with the member's key as its parent. A `tuning` arm is one on which
-    settings were chosen: it decides no claim, and a reader's variation leaves it as it is.
+    settings were chosen: it decides no claim, and a reader's variation leaves it as it is. `curves` names columns of
+    the history for rules about a whole curve: each of their values is a column of the frame too.
     """
 
     role: str
@@ -41,6 +42,7 @@ class Arm:
     measures: tuple[MeasureSpec, ...] = ()
     epochs_factor: float = 1.0
     tuning: bool = False
+    curves: tuple[str, ...] = ()
 
     @property
     def specs(self) -> tuple[RunSpec | CheckSpec, ...]:
