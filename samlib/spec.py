@@ -245,7 +245,9 @@ class MeasureSpec(_Part):
     """One measure of one trained model, which it names by the key of the run that trained it."""
 
     parent: str
-    measure: str = _choice("lambda_max", ("lambda_max", "adversarial_sharpness"), "what is measured")
+    measure: str = _choice(
+        "lambda_max", ("lambda_max", "adversarial_sharpness", "first_layer_kurtosis"), "what is measured"
+    )
     split: str = _choice("train", ("train", "test"), "images the loss is taken on, never augmented")
     mode: str = _choice("eval", ("eval", "train"), "batch norm: running statistics, or those of the batch")
     rho: float = _number(0.05, "adversarial sharpness: radius", low=0)

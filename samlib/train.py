@@ -19,7 +19,7 @@ from torch.nn import functional
 from samlib import batchnorm, checks, data, models, optim, provenance
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.measures import WeightLoss, hessian, precision, sharpness
+from samlib.measures import WeightLoss, hessian, precision, sharpness, tails
 from samlib.spec import CheckSpec, MeasureSpec, OptimSpec, RunSpec, Spec
 from samlib.store import NUMERICS, Record, Store, parent_spec
 
@@ -96,10 +96,18 @@ def adversarial_sharpness(loss: WeightLoss, spec: MeasureSpec) -> Measured:
     return {"adversarial_sharpness": found.pop("sharpness"), **found}, {}
 
 
+def first_layer_kurtosis(loss: WeightLoss, spec: MeasureSpec) -> Measured:
+    """Of the weights alone: split, mode and radius do not matter."""
+    weights = tails.first_layer(loss.weights())
+    found = tails.weight_tails(weights)
+    return {"first_layer_kurtosis": found.pop("kurtosis"), **found}, tails.weight_histogram(weights)
+
+
 # Name of a measure -> its values, and the table behind them where it has one.
 MEASURES: dict[str, Callable[[WeightLoss, MeasureSpec], Measured]] = {
     "lambda_max": lambda_max,
     "adversarial_sharpness": adversarial_sharpness,
+    "first_layer_kurtosis": first_layer_kurtosis,
 }
 
 

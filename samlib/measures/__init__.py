@@ -7,12 +7,14 @@
     adversarial(loss, rho=0.05, shard_size=128)     rise of the loss at the worst point of a ball
     acting_perturbation(opt, "bf16")                what is left of an optimiser's perturbation after rounding
     effective_perturbation(w, eps, "bf16")          the same of given weights and eps
+    weight_tails(first_layer(loss.weights()))       how heavy the tails of a layer's weights are
 """
 
 from samlib.measures.hessian import lambda_max
 from samlib.measures.loss import WeightLoss
 from samlib.measures.precision import LowPrecisionWarning, acting_perturbation, effective_perturbation
 from samlib.measures.sharpness import adversarial
+from samlib.measures.tails import first_layer, weight_histogram, weight_tails
 
 __all__ = [
     "LowPrecisionWarning",
@@ -20,5 +22,8 @@ __all__ = [
     "acting_perturbation",
     "adversarial",
     "effective_perturbation",
+    "first_layer",
     "lambda_max",
+    "weight_histogram",
+    "weight_tails",
 ]
