@@ -246,13 +246,21 @@ class MeasureSpec(_Part):
 
     parent: str
     measure: str = _choice(
-        "lambda_max", ("lambda_max", "adversarial_sharpness", "first_layer_kurtosis"), "what is measured"
+        "lambda_max",
+        ("lambda_max", "adversarial_sharpness", "first_layer_kurtosis", "asymmetry_factor"),
+        "what is measured",
     )
     split: str = _choice("train", ("train", "test"), "images the loss is taken on, never augmented")
     mode: str = _choice("eval", ("eval", "train"), "batch norm: running statistics, or those of the batch")
     rho: float = _number(0.05, "adversarial sharpness: radius", low=0)
     steps: int = _count(1, "adversarial sharpness: projected ascent steps")
     shard_size: int | None = _count(None, "adversarial sharpness: examples per ascent; None is one ascent over all")
+    mu: float = _number(5.0, "asymmetry factor: distance along a direction; the table has multiples of it", above=0)
+    directions: int = _count(30, "asymmetry factor: random directions, the same for every model")
+    direction_law: str = _choice("uniform01", ("uniform01", "gaussian"), "asymmetry factor: law of their entries")
+    direction_scale: str = _choice(
+        "unit", ("unit", "filter"), "asymmetry factor: length of a direction 1, or filter by filter that of the weights"
+    )
 
     def __post_init__(self) -> None:
         _Part.__post_init__(self)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from samlib import batchnorm, checks, data, models, optim, provenance
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.measures import WeightLoss, hessian, precision, sharpness, tails
+from samlib.measures import WeightLoss, asymmetry, hessian, precision, sharpness, tails
 from samlib.spec import CheckSpec, MeasureSpec, OptimSpec, RunSpec, Spec
 from samlib.store import NUMERICS, Record, Store, parent_spec
 
@@ -103,10 +103,22 @@ def first_layer_kurtosis(loss: WeightLoss, spec: MeasureSpec) -> Measured:
     return {"first_layer_kurtosis": found.pop("kurtosis"), **found}, tails.weight_histogram(weights)
 
 
+def asymmetry_factor(loss: WeightLoss, spec: MeasureSpec) -> Measured:
+    """The factor at mu, and the two changes of the loss along the first direction at 2/5 of it (boca2023, Figure 6)."""
+    mus = [spec.mu * multiple for multiple in asymmetry.MULTIPLES]
+    how = {"directions": spec.directions, "law": spec.direction_law, "scale": spec.direction_scale}
+    rows = asymmetry.asymmetry_factors(loss, mus, **how)
+    at = dict(zip(asymmetry.MULTIPLES, rows, strict=True))
+    values = {name: at[1.0][name] for name in ("asymmetry_factor", "no_minimum")}
+    values |= {name: at[asymmetry.SLICE][name] for name in ("rise_plus", "rise_minus")}
+    return values | {"weight_norm": asymmetry.norm(loss.weights()).item()}, columns(rows)
+
+
 # Name of a measure -> its values, and the table behind them where it has one.
 MEASURES: dict[str, Callable[[WeightLoss, MeasureSpec], Measured]] = {
     "lambda_max": lambda_max,
     "adversarial_sharpness": adversarial_sharpness,
+    "asymmetry_factor": asymmetry_factor,
     "first_layer_kurtosis": first_layer_kurtosis,
 }
 

@@ -65,6 +65,10 @@ MEASURE_DEFAULTS = {
     "rho": 0.05,
     "steps": 1,
     "shard_size": None,
+    "mu": 5.0,
+    "directions": 30,
+    "direction_law": "uniform01",
+    "direction_scale": "unit",
 }
 
 
