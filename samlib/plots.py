@@ -56,6 +56,8 @@ VARIED = {
     "sgd_double": Style("SGD, twice the epochs", METHODS["sgd"].colour, "o", varied=True),
     "sgd_tuned": Style("SGD, learning rate tuned", METHODS["sgd"].colour, "X", varied=True),
     "sam_half": Style("SAM, half the epochs", METHODS["sam"].colour, "s", varied=True),
+    "sam_batchnorm": Style("SAM, batch norm", METHODS["sam"].colour, "s", varied=True),
+    "asam_batchnorm": Style("ASAM, batch norm", METHODS["asam"].colour, "^", varied=True),
 }
 OUTCOMES = {
     "reproduced": ("#009E73", "o", 6.5),
@@ -73,6 +75,7 @@ METRICS = {
     "train_loss": "training loss (nats)",
     "lambda_max": "lambda_max, top Hessian eigenvalue",
     "adversarial_sharpness": "sharpness, rise of the training loss (nats)",
+    "first_layer_kurtosis": "excess kurtosis of the first layer's weights",
     "epoch": "epoch",
     "train.batch_size": "batch size",
     "optim.num_shards": "shards per mini-batch",
@@ -183,32 +186,39 @@ def paired_differences(frame: pd.DataFrame, metric: str, pairs: Sequence[tuple[s
 
 
 @drawn
-def curves(history: pd.DataFrame, metric: str, *, reference: Mapping[str, float] | None = None) -> Figure:
+def curves(
+    history: pd.DataFrame, metric: str, *, reference: Mapping[str, float] | None = None, log: bool = False
+) -> Figure:
     """A metric against the epoch, one panel per cell: mean over seeds of each role with its 95% band.
 
     Args:
         history: one row per run and epoch, with cell, role, seed, epoch and the metric; see `Store.history`.
         reference: cell -> value of a horizontal line, the accuracy SGD would have had if stopped in time.
+        log: a log axis, with geometric means over seeds and the interval of the mean logarithm.
 
     Without any finished run the figure says so.
 
     Raises:
-        InputError: the history lacks a column, or a role has no colour.
+        InputError: the history lacks a column, a role has no colour, or a value has no place on a log axis.
     """
     if history.empty:
         return _nothing_yet()
     _need(history, ("cell", "role", "seed", "epoch", metric))
+    if log:
+        _need_positive(history, [metric])
     cells = list(history["cell"].unique())
     figure, panels = _panels(cells, height=3.0)
     for cell, axes in zip(cells, panels, strict=True):
         here = history[history["cell"] == cell]
         for role in here["role"].unique():
-            _curve(axes, style(role), here[here["role"] == role], metric)
+            _curve(axes, style(role), here[here["role"] == role], metric, _geometric_mean if log else stats.mean)
         if reference is not None and cell in reference:
             line = {"color": FAINT, "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
             axes.axhline(reference[cell], label="SGD, stopped at its best validation epoch", **line)
         axes.set_xlabel(axis_label("epoch"))
         axes.set_xlim(left=0)
+    if log:
+        panels[0].set_yscale("log")  # the panels share it
     panels[0].set_ylabel(axis_label(metric))
     _legend_below(figure, panels)
     return figure
@@ -287,6 +297,45 @@ def against(
     if log_y:
         grid[0].set_yscale("log")  # the panels share it
     grid[0].set_ylabel(axis_label(metric))
+    _legend_below(figure, grid)
+    return figure
+
+
+@drawn
+def weight_histograms(tables: pd.DataFrame, panels: Mapping[str, Sequence[str]]) -> Figure:
+    """Weights in standard deviations, pooled over seeds, as densities on a log axis; dotted, the normal density.
+
+    A bin without a weight is left empty: its density is 0 and has no logarithm.
+
+    Args:
+        tables: one row per run and bin, with cell, role, seed, left, right and count; see `Store.tables`. One cell.
+        panels: title -> the roles drawn in that panel.
+
+    Without any finished run the figure says so.
+
+    Raises:
+        InputError: the tables lack a column, hold a bin of one run twice (two cells do), or a role has no colour.
+    """
+    if tables.empty:
+        return _nothing_yet()
+    _need(tables, ("cell", "role", "seed", "left", "right", "count"))
+    repeated = tables[tables.duplicated(["role", "seed", "left"])]
+    if len(repeated):
+        role, seed, left = repeated.iloc[0][["role", "seed", "left"]]
+        raise InputError(f"tables hold the bin from {left:g} of {role}, seed {seed}, twice: pick one cell")
+    figure, grid = _panels(list(panels), height=3.2)
+    bins = tables[tables["count"] > 0]
+    reach = 1.15 * bins[["left", "right"]].abs().to_numpy().max(initial=4.0)
+    for (_, roles), axes in zip(panels.items(), grid, strict=True):
+        for role in roles:
+            _pooled_density(axes, style(role), tables[tables["role"] == role])
+        z = np.linspace(-reach, reach, 201)
+        axes.plot(z, np.exp(-z * z / 2) / np.sqrt(2 * np.pi), color=FAINT, linestyle=":", label="normal density")
+        axes.set_xlim(-reach, reach)
+        axes.set_xlabel("weight / standard deviation")
+    grid[0].set_yscale("log")
+    grid[0].set_ylim(3e-4, 3)
+    grid[0].set_ylabel("density")
     _legend_below(figure, grid)
     return figure
 
@@ -437,9 +486,15 @@ def _counts_at_the_right(axes: Axes, counts: Sequence[int]) -> None:
         axes.annotate(f"n = {n}", (1, height), va="center", fontsize=7.5, color=FAINT, annotation_clip=False, **where)
 
 
-def _curve(axes: Axes, look: Style, rows: pd.DataFrame, metric: str) -> None:
+def _curve(
+    axes: Axes,
+    look: Style,
+    rows: pd.DataFrame,
+    metric: str,
+    average: Callable[[Sequence[float]], stats.Interval] = stats.mean,
+) -> None:
     points = {
-        epoch: stats.mean(group[metric].astype(float).tolist())
+        epoch: average(group[metric].astype(float).tolist())
         for epoch, group in rows.dropna(subset=[metric]).groupby("epoch")
     }
     epochs, found = list(points), list(points.values())
@@ -452,6 +507,17 @@ def _curve(axes: Axes, look: Style, rows: pd.DataFrame, metric: str) -> None:
     axes.plot(epochs, [point.estimate for point in found], look.line, color=look.colour, label=look.label, **marks)
     low, high = [point.low for point in found], [point.high for point in found]
     axes.fill_between(epochs, low, high, color=look.colour, alpha=0.18, linewidth=0)
+
+
+def _pooled_density(axes: Axes, look: Style, bins: pd.DataFrame) -> None:
+    pooled = bins.groupby(["left", "right"], as_index=False)["count"].sum()
+    weights = pooled["count"].sum()
+    if not weights:
+        return
+    density = pooled["count"] / weights / (pooled["right"] - pooled["left"])
+    edges = [*pooled["left"], pooled["right"].iloc[-1]]
+    label = f"{look.label} ({weights:g} weights of {bins['seed'].nunique()} seeds)"
+    axes.stairs(density.where(density > 0), edges, color=look.colour, linestyle=look.line, linewidth=1.6, label=label)
 
 
 def _line_of_means(

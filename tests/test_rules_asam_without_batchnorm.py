@@ -210,8 +210,8 @@ def test_similar_is_said_and_decides_nothing():
         assert f"published: 'similar', an interval above -0.5 points: {similar}" in reason
         assert parts[0].published == -0.11
     assert outcome(ACCURACY, gain(0.1)) == INCONCLUSIVE
-    assert "(binds not here)" in judge(ACCURACY, gain(), MINIATURE)[2]
-    assert "binds" not in judge(ACCURACY, gain())[2]
+    assert "(does not bind here)" in judge(ACCURACY, gain(), MINIATURE)[2]
+    assert "bind" not in judge(ACCURACY, gain())[2]
 
 
 def test_an_order_of_magnitude_is_said_and_decides_nothing():
@@ -311,7 +311,7 @@ def test_accuracies_that_are_far_apart_are_not_close_at_the_published_scale(gap)
     assert outcome(LATE, late(-0.01, -0.05, gap=gap)) == NOT_REPRODUCED
     for size, close in ((gap, "no"), (1.0, "yes")):
         reason = judge(LATE, late(gap=size), MINIATURE)[2]
-        assert f"published: 'close', an interval within 2 points: {close} (binds not here)" in reason
+        assert f"published: 'close', an interval within 2 points: {close} (does not bind here)" in reason
 
 
 @pytest.mark.parametrize("kept", [(100,), ()])

@@ -55,7 +55,7 @@ def sam_ends_with_the_lower_training_loss(evidence: Evidence) -> Decision:
 
 
 def threshold_note(evidence: Evidence, cell: str, what: str, holds: bool) -> None:
-    note(evidence, f"{cell}: {what}: {'yes' if holds else 'no'}{' (binds not here)' if evidence.miniature else ''}")
+    note(evidence, f"{cell}: {what}: {'yes' if holds else 'no'}{' (does not bind here)' if evidence.miniature else ''}")
 
 
 @rule("coldenhoff-c-heavier-tails", roles=(*BATCH_NORM, *BATCH_NORM.values()), matched="epochs")
