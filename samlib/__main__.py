@@ -214,7 +214,7 @@ def chosen_specs(profile: str, stems: Sequence[str] | None, keys: Sequence[str])
     for key in keys:
         if key not in by_key:
             raise InputError(f"key = {key!r} is no run of profile {profile}: see `python -m samlib list --keys`")
-    parents = [spec.parent for key in keys if isinstance(spec := by_key[key], specs_of.MeasureSpec)]
+    parents = [parent for key in keys for parent in specs_of.parents(by_key[key])]
     return [by_key[key] for key in dict.fromkeys([*parents, *keys])]
 
 

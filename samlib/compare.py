@@ -14,11 +14,20 @@ import pandas as pd
 
 from samlib import claims, experiments
 from samlib.experiments import Arm
-from samlib.spec import CHECKS, CheckSpec
+from samlib.spec import CHECKS, CheckSpec, ConnectSpec
 from samlib.store import Store
 
 STANDARD_ERRORS = 3.0
-FLOORS = {"test_accuracy_pct": 0.5, "test_loss": 0.02, "lambda_max": 0.05, "adversarial_sharpness": 1e-4}
+FLOORS = {
+    "test_accuracy_pct": 0.5,
+    "test_loss": 0.02,
+    "lambda_max": 0.05,
+    "adversarial_sharpness": 1e-4,
+    "train_loss_barrier": 0.02,
+    "train_error_barrier_pct": 0.5,
+    "test_loss_barrier": 0.02,
+    "test_error_barrier_pct": 0.5,
+}
 CHECK_FLOOR = 1e-6  # of the values of exact checks
 OK, FAILURE, FLIP = 0, 1, 3  # exit codes
 
@@ -108,9 +117,11 @@ def compare_arm(stem: str, arm: Arm, committed: Store, fresh: Store) -> Iterator
 
 
 def compared_metrics(arm: Arm) -> Sequence[str]:
-    """Test accuracy, test loss and every measure of a training run; all values of a check."""
+    """Test accuracy, test loss and every measure of a training run; all values of a check or of a path."""
     if isinstance(arm.base, CheckSpec):
         return CHECKS[arm.base.check]
+    if isinstance(arm.base, ConnectSpec):  # a plane of one seed is a picture
+        return () if arm.base.path.grid else arm.base.values
     return ["test_accuracy_pct", "test_loss", *(measure.column for measure in arm.measures)]
 
 

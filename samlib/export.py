@@ -8,7 +8,7 @@ import pandas as pd
 from samlib import experiments
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.spec import CheckSpec, MeasureSpec, RunSpec
+from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, RunSpec
 from samlib.store import Store
 
 COLUMNS = {
@@ -17,6 +17,7 @@ COLUMNS = {
     "role": "name of the arm in the decision rules",
     "seed": "seed of the data split, the noise, the initial weights and the order of the batches; "
     "of a check: of every random number in it",
+    "split_seed": "seed of the data split and the noise, where it is not that of the run: a second run on its images",
     "key": "hash of the spec; the record is records/<key>.json",
     "status": "done, diverged (loss or weights not finite), failed, stale (made by older code) or missing",
     "wall_seconds": "time of the run, on the machine that the record names [s]",
@@ -82,8 +83,8 @@ EPOCHS = {
 
 
 def export(profile: str, store: Store, folder: Path) -> list[Path]:
-    """Writes runs.csv and checks.csv (one row per run), history.csv (one row per evaluated epoch of the finished runs)
-    and columns.csv (what each column of the three means).
+    """Writes runs.csv, paths.csv and checks.csv (one row per run), history.csv (one row per evaluated epoch of the
+    finished runs) and columns.csv (what each column of the others means).
 
     Raises:
         InputError: the store has no records of this profile, a column has no meaning on record, or the folder cannot
@@ -93,6 +94,7 @@ def export(profile: str, store: Store, folder: Path) -> list[Path]:
         raise InputError(f"store = {store.folder} has no records: run the profile first, or name another store")
     tables = {
         "runs": _tables(profile, store.frame, RunSpec),
+        "paths": _tables(profile, store.frame, ConnectSpec),
         "checks": _tables(profile, store.frame, CheckSpec),
         "history": _tables(profile, store.history, RunSpec),
     }
@@ -120,7 +122,8 @@ def describe(column: str) -> str:
     chosen, _, companion = rest.partition(":")
     entry = f"{head}:{companion}" if companion else head
     settings = chosen.split("@") if chosen else []
-    documented = COLUMNS | {name: doc for name, doc in specs_of.documentation(RunSpec).items() if "." in name}
+    fields = specs_of.documentation(RunSpec) | specs_of.documentation(ConnectSpec)
+    documented = COLUMNS | {name: doc for name, doc in fields.items() if "." in name}
     if entry not in documented or not (chosen in EPOCHS or all(map(_is_setting, settings))):
         raise InputError(f"column = {column!r} has no entry in the data dictionary: add one to samlib.export.COLUMNS")
     if chosen in EPOCHS:

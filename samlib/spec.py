@@ -79,9 +79,9 @@ def _range(limits: Mapping[str, Any]) -> str:
     return f"{limits['low']:g} or more"
 
 
-def _check_seed(seed: Any) -> None:
+def _check_seed(seed: Any, name: str = "seed") -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise InputError(f"seed = {seed!r}: use a whole number from 0 to {2**31 - 1}")
+        raise InputError(f"{name} = {seed!r}: use a whole number from 0 to {2**31 - 1}")
 
 
 def _nearest(name: str, names: list[str]) -> str:
@@ -217,9 +217,12 @@ class RunSpec:
     optim: OptimSpec = OptimSpec()
     train: TrainSpec = TrainSpec()
     seed: int = 0
+    split_seed: int | None = _field(None, "seed of the draw of the images and of the label noise; None: seed")
 
     def __post_init__(self) -> None:
         _check_seed(self.seed)
+        if self.split_seed is not None:
+            _check_seed(self.split_seed, "split_seed")
         if self.train.logged_loss == "w+eps" and (self.optim.method == "sgd" or self.optim.rho == 0):
             raise InputError("train.logged_loss = 'w+eps' needs a method other than sgd and optim.rho above 0: use 'w'")
         if self.train.logged_loss == "w+eps" and self.optim.is_hybrid:
@@ -278,6 +281,62 @@ class MeasureSpec(_Part):
         return "@".join([self.measure, *settings])
 
 
+@dataclass(frozen=True, slots=True)
+class PathSpec(_Part):
+    """A path between two trained models, and what is taken along it."""
+
+    shape: str = _choice("bend", ("bend", "line"), "path: a polygonal chain with one trained bend, or a straight line")
+    steps: int = _count(400, "bend: steps of its training")
+    batch_size: int = _count(64, "bend: examples per step")
+    lr: float = _number(0.02, "bend: peak learning rate, cosine to 0", above=0)
+    momentum: float = _number(0.9, "bend: momentum of SGD", low=0, high=1)
+    weight_decay: float = _number(0.0005, "bend: coefficient of the l2 term, taken at the point of the path", low=0)
+    points: int = _count(13, "points of the path, evenly spaced in t, at which losses and errors are taken", low=3)
+    grid: int | None = _count(
+        None, "bend: in place of what lies along it, losses on a grid of its plane with so many points a side", low=2
+    )
+    test_labels: str = _choice(
+        "true", ("true", "shifted"), "labels of the test images: their own, or each that of the image before (E-B4)"
+    )
+    end: str = _choice(
+        "trained",
+        ("trained", "random"),
+        "last node: the second model, or an untrained network, the bend then beginning at the second model (E-B5)",
+    )
+
+    def __post_init__(self) -> None:
+        _Part.__post_init__(self)
+        if self.grid is not None and self.shape == "line":
+            raise InputError(f"path.grid = {self.grid} needs a plane, and path.shape = 'line' has none: use 'bend'")
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectSpec:
+    """A path from one trained model to another, which it names by the keys of the runs that trained them.
+
+    `seed` is that of t and of the mini-batches in the training of a bend, and of an untrained end.
+    """
+
+    start: str
+    end: str
+    path: PathSpec = PathSpec()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+        for name, parent in (("start", self.start), ("end", self.end)):
+            if not is_key(parent):
+                raise InputError(f"connect.{name} = {parent!r} is not a key: it is the 16 hex digits of a run")
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Names of the numbers it returns: barriers along a path, or the coordinates of the nodes in their plane."""
+        return ("end_x", "bend_x", "bend_y") if self.path.grid else BARRIERS
+
+
+# How far a path rises above the higher of its ends.
+BARRIERS = ("train_loss_barrier", "train_error_barrier_pct", "test_loss_barrier", "test_error_barrier_pct")
+
 # The exact checks of samlib.checks and the values each returns.
 CHECKS = {
     "dual_norm": ("relative_gap", "norm_ratio"),
@@ -301,14 +360,38 @@ class CheckSpec:
         object.__setattr__(self, "settings", tuple(sorted((str(k), v) for k, v in self.settings)))
 
 
-Spec = RunSpec | MeasureSpec | CheckSpec
-KINDS: dict[str, type] = {"train": RunSpec, "measure": MeasureSpec, "check": CheckSpec}
+Spec = RunSpec | MeasureSpec | ConnectSpec | CheckSpec
+KINDS: dict[str, type] = {"train": RunSpec, "measure": MeasureSpec, "connect": ConnectSpec, "check": CheckSpec}
 
 
 def num_shards(spec: RunSpec) -> int:
     """Shards per full mini-batch: optim.num_shards, or as many of optim.shard_size as the batch needs."""
     size = spec.optim.shard_size
     return spec.optim.num_shards if size is None else math.ceil(spec.train.batch_size / size)
+
+
+def split_seed(spec: RunSpec) -> int:
+    """The seed of the draw of a run's images and of their label noise."""
+    return spec.seed if spec.split_seed is None else spec.split_seed
+
+
+def second_run(spec: RunSpec) -> RunSpec:
+    """The same training on the same images, from another initialisation and with another order of the batches."""
+    return dataclasses.replace(spec, seed=spec.seed + SECOND_RUN, split_seed=split_seed(spec))
+
+
+SECOND_RUN = 1000  # added to the seed
+
+
+def parents(spec: Spec) -> tuple[str, ...]:
+    """The keys of the runs whose models a spec needs."""
+    match spec:
+        case MeasureSpec():
+            return (spec.parent,)
+        case ConnectSpec():
+            return (spec.start, spec.end)
+        case _:
+            return ()
 
 
 # ---------------------------------------------------------------------------------------------- identity

@@ -20,7 +20,7 @@ import pandas as pd
 from samlib import spec as specs_of
 from samlib.errors import InputError
 from samlib.experiments import Arm, check_profile
-from samlib.spec import CHECKS, CheckSpec, MeasureSpec, RunSpec, Spec
+from samlib.spec import CHECKS, CheckSpec, ConnectSpec, MeasureSpec, RunSpec, Spec
 
 SCHEMA = 1  # version of the record's form
 NUMERICS = 2  # raised by hand whenever a change to samlib can move results: older records then show as stale
@@ -246,6 +246,8 @@ def expected_columns(member: Spec) -> Sequence[str]:
     """The numbers a finished run will have: columns that are there, and empty, before it has."""
     if isinstance(member, CheckSpec):
         return CHECKS[member.check]
+    if isinstance(member, ConnectSpec):
+        return member.values
     epochs = ("", "@best_test", *(["@best_validation"] if member.data.validation_size else []))
     return [f"{metric}{epoch}" for metric in METRICS for epoch in epochs]
 
@@ -404,10 +406,19 @@ def parent_spec(store: Store, measure: MeasureSpec) -> RunSpec:
     Raises:
         InputError: the store has no record of it.
     """
-    record = store.load(measure.parent)
+    return parent_run(store, measure.parent, "measure.parent")
+
+
+def parent_run(store: Store, key: str, field: str) -> RunSpec:
+    """The run of a key, from its record; `field` is how a spec names it.
+
+    Raises:
+        InputError: the store has no record of it, or of no training run.
+    """
+    record = store.load(key)
     if record is None:
-        raise InputError(f"measure.parent = {measure.parent} has no record in {store.folder}: run it first")
+        raise InputError(f"{field} = {key} has no record in {store.folder}: run it first")
     parent = specs_of.from_canonical(record.spec)
     if not isinstance(parent, RunSpec):
-        raise InputError(f"measure.parent = {measure.parent} is no training run: a measure is taken of a trained model")
+        raise InputError(f"{field} = {key} is no training run: a measure is taken of a trained model")
     return parent

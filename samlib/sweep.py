@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.spec import CheckSpec, MeasureSpec, RunSpec, Spec
+from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, RunSpec, Spec
 from samlib.store import NUMERICS, Record, RecordError, Store, pending
 
 POLL_SECONDS = 0.2  # between two looks at whether Ctrl-C was pressed
@@ -91,9 +91,9 @@ def put_aside_unusable(store: Store) -> None:
 
 
 def waves(specs: Sequence[Spec]) -> list[list[Spec]]:
-    """Runs and checks first, then the measures: each needs the model of a run."""
-    first = [spec for spec in specs if not isinstance(spec, MeasureSpec)]
-    then = [spec for spec in specs if isinstance(spec, MeasureSpec)]
+    """Runs and checks first, then the measures and paths: each needs the models of one run or two."""
+    first = [spec for spec in specs if not specs_of.parents(spec)]
+    then = [spec for spec in specs if specs_of.parents(spec)]
     return [wave for wave in (first, then) if wave]
 
 
@@ -241,6 +241,9 @@ def work(spec: Spec) -> float:
             return spec.train.epochs * images * passes
         case MeasureSpec():
             return 5_000
+        case ConnectSpec():
+            trained = spec.path.steps * spec.path.batch_size if spec.path.shape == "bend" else 0
+            return trained + 500 * (spec.path.grid**2 if spec.path.grid else spec.path.points)
         case CheckSpec():
             return 5_000
 

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,9 +19,9 @@ from torch.nn import functional
 from samlib import batchnorm, checks, data, models, optim, provenance
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.measures import WeightLoss, asymmetry, hessian, precision, sharpness, tails
-from samlib.spec import CheckSpec, MeasureSpec, OptimSpec, RunSpec, Spec
-from samlib.store import NUMERICS, Record, Store, parent_spec
+from samlib.measures import WeightLoss, asymmetry, connectivity, hessian, precision, sharpness, tails
+from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, OptimSpec, RunSpec, Spec
+from samlib.store import NUMERICS, Record, Store, parent_run, parent_spec
 
 Measured = tuple[dict[str, float], dict[str, list[float]]]  # values, and columns of equal length
 
@@ -38,8 +38,8 @@ def run(spec: Spec, store: Store, device: str | None = None) -> Record:
     """Turns a spec into its record and saves it. A run that was cut goes on from its checkpoint.
 
     Args:
-        spec: a training run, a measure of one (its parent's record must be in the store; its weights are trained again
-            if they are gone), or an exact check.
+        spec: a training run, a measure of one or a path between two (their records must be in the store; their weights
+            are trained again if they are gone), or an exact check.
         store: where the record, the weights and the checkpoint go.
         device: 'cpu', 'cuda', or None for a GPU where there is one. Checks always run on the CPU.
 
@@ -52,6 +52,8 @@ def run(spec: Spec, store: Store, device: str | None = None) -> Record:
             record = train(spec, store, chosen)
         case MeasureSpec():
             record = measure(spec, store, chosen)
+        case ConnectSpec():
+            record = connect(spec, store, chosen)
         case CheckSpec():
             record = check(spec)
     store.save(record)
@@ -75,7 +77,7 @@ def measure(spec: MeasureSpec, store: Store, device: torch.device) -> Record:
     """One measure of one trained model."""
     parent = parent_spec(store, spec)
     started = time.perf_counter()
-    splits = data.load(parent.data, parent.seed, device)
+    splits = load_splits(parent, device)
     model = trained_model(parent, store, splits, device)
     if model is None:  # its training diverged
         return _record(spec, "diverged", started, data_digest=splits.digest, device=device)
@@ -123,6 +125,105 @@ MEASURES: dict[str, Callable[[WeightLoss, MeasureSpec], Measured]] = {
 }
 
 
+def connect(spec: ConnectSpec, store: Store, device: torch.device) -> Record:
+    """One path between two trained models: losses and errors along it, or losses on a grid of its plane."""
+    runs = connected_runs(spec, store)
+    started = time.perf_counter()
+    splits = load_splits(runs[0], device)
+    ends = [trained_model(run, store, splits, device) for run in runs]
+    if None in ends:  # a training diverged
+        return _record(spec, "diverged", started, data_digest=splits.digest, device=device)
+    model, nodes = ends[0], path_nodes(spec, runs[0], ends, splits, device)
+    train, test = _tensors(splits.train), _tensors(splits.test)
+    if spec.path.test_labels == "shifted":
+        test = test[0], test[1].roll(1)  # test images lie in a random order
+    taken = _plane_losses if spec.path.grid else _path_losses
+    values, table = taken(spec, model, nodes, train, test)
+    status = "done" if all(map(math.isfinite, values.values())) else "diverged"
+    return _record(spec, status, started, measures=values, table=table, data_digest=splits.digest, device=device)
+
+
+def connected_runs(spec: ConnectSpec, store: Store) -> list[RunSpec]:
+    """The two runs a path joins.
+
+    Raises:
+        InputError: the store has no record of one, or they are of unlike networks or trained on unlike images.
+    """
+    runs = [parent_run(store, key, f"connect.{name}") for name, key in (("start", spec.start), ("end", spec.end))]
+    images, networks = ([(run.data, specs_of.split_seed(run)) for run in runs], [run.model for run in runs])
+    for what, (of_start, of_end) in (("images", images), ("networks", networks)):
+        if of_start != of_end:
+            raise InputError(f"connect.end = {spec.end} has other {what} than connect.start = {spec.start}: use one")
+    return runs
+
+
+def path_nodes(
+    spec: ConnectSpec, run: RunSpec, ends: list[nn.Module], splits: data.Splits, device: torch.device
+) -> list[connectivity.Weights]:
+    """The nodes of a path; a bend is trained on the training images of the two runs."""
+    start, end = map(connectivity.weights_of, ends)
+    bend = None
+    if spec.path.end == "random":  # as published: the second model is where the bend begins, not the end (E-B5)
+        untrained = build_model(run, splits, device, data.generator(spec.seed, "untrained end"))
+        bend, end = end, connectivity.weights_of(untrained)
+    if spec.path.shape == "line":
+        return [start, end]
+    path = spec.path
+    bend = connectivity.train_bend(
+        ends[0],
+        start,
+        end,
+        endless_batches(splits.train, path.batch_size, data.generator(spec.seed, "path order")),
+        steps=path.steps,
+        lr=path.lr,
+        momentum=path.momentum,
+        weight_decay=path.weight_decay,
+        bend=bend,
+        rng=data.generator(spec.seed, "path t"),
+    )
+    return [start, bend, end]
+
+
+def endless_batches(split: data.Split, batch_size: int, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mini-batches of one epoch after another; of all images where there are fewer than a batch has."""
+    size = min(batch_size, len(split))
+    while True:
+        for indices in data.batches(len(split), size, True, rng):
+            chosen = indices.to(split.labels.device)
+            yield split.inputs[chosen], split.labels[chosen]
+
+
+def _path_losses(
+    spec: ConnectSpec,
+    model: nn.Module,
+    nodes: list[connectivity.Weights],
+    train: connectivity.Labelled,
+    test: connectivity.Labelled,
+) -> Measured:
+    last = spec.path.points - 1
+    table = connectivity.along(model, nodes, [index / last for index in range(last + 1)], train, test)
+    values = {
+        f"{split}_{what}_barrier{unit}": connectivity.barrier(table[f"{split}_{what}{unit}"])
+        for split in ("train", "test")
+        for what, unit in (("loss", ""), ("error", "_pct"))
+    }
+    return values, table
+
+
+def _plane_losses(
+    spec: ConnectSpec,
+    model: nn.Module,
+    nodes: list[connectivity.Weights],
+    train: connectivity.Labelled,
+    test: connectivity.Labelled,
+) -> Measured:
+    if not all(torch.isfinite(w).all() for w in nodes[1]):  # the bend diverged, and there is no plane
+        return dict.fromkeys(spec.values, math.nan), {}
+    plane = connectivity.plane(*nodes)
+    values = {"end_x": plane.end[0], "bend_x": plane.bend[0], "bend_y": plane.bend[1]}
+    return values, connectivity.on_grid(model, plane, spec.path.grid, train, test)
+
+
 def check(spec: CheckSpec) -> Record:
     """One exact check, in float64 on the CPU."""
     started = time.perf_counter()
@@ -165,7 +266,7 @@ class Training:
 
     @classmethod
     def start(cls, spec: RunSpec, device: torch.device) -> "Training":
-        splits = data.load(spec.data, spec.seed, device)
+        splits = load_splits(spec, device)
         model = build_model(spec, splits, device)
         torch.manual_seed(data.generator(spec.seed, "dropout").initial_seed())
         optimizer = build_optimizer(spec.optim, model, spec.seed)
@@ -395,9 +496,17 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 # ---------------------------------------------------------------------------------------------- building blocks
 
 
-def build_model(spec: RunSpec, splits: data.Splits, device: torch.device) -> nn.Module:
+def load_splits(spec: RunSpec, device: torch.device) -> data.Splits:
+    return data.load(spec.data, specs_of.split_seed(spec), device)
+
+
+def build_model(
+    spec: RunSpec, splits: data.Splits, device: torch.device, rng: torch.Generator | None = None
+) -> nn.Module:
+    """The untrained network of a run, from the weights its seed draws unless another generator is given."""
     image_shape = tuple(splits.train.inputs.shape[1:])
-    return models.build(spec.model, image_shape, splits.num_classes, data.generator(spec.seed, "init")).to(device)
+    rng = data.generator(spec.seed, "init") if rng is None else rng
+    return models.build(spec.model, image_shape, splits.num_classes, rng).to(device)
 
 
 def build_optimizer(spec: OptimSpec, model: nn.Module, seed: int) -> torch.optim.Optimizer:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samlib import spec as specs_of
-from samlib.spec import MeasureSpec
 from samlib.store import Record, Store
 
 # On the machine that made a record a run repeats to the last digit. On another processor the path of a run drifts: two
@@ -63,8 +62,8 @@ def verify(record: Record, store: Store, device: str | None = None) -> Report:
     spec = specs_of.from_canonical(record.spec)
     with tempfile.TemporaryDirectory() as folder, sweep.one_thread():
         scratch = Store(Path(folder), writable=True)
-        if isinstance(spec, MeasureSpec):
-            parent = store.load(spec.parent)
+        for key in specs_of.parents(spec):
+            parent = store.load(key)
             if parent is not None:
                 scratch.save(parent)
         again = train.run(spec, scratch, device)

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "batchnorm": {"errors", "torch"},
     "shards": {"errors", "batchnorm", "torch"},
     "two_products": {"optim", "torch"},
-    "measures": {"errors", "measures", "optim", "perturbation", "torch", "numpy", "scipy"},
+    "measures": {"errors", "batchnorm", "measures", "optim", "perturbation", "torch", "numpy", "scipy"},
     "checks": {"errors", "optim", "perturbation", "torch", "numpy", "scipy"},
     "provenance": {"torch"},
     "train": {

@@ -56,6 +56,7 @@ DEFAULTS = {
     "train.logged_loss": "w",
     "train.eval_every": 1,
     "seed": 0,
+    "split_seed": None,
 }
 MEASURE_DEFAULTS = {
     "parent": "0" * 16,

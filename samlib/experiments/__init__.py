@@ -18,7 +18,7 @@ from typing import Any
 
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.spec import CheckSpec, MeasureSpec, RunSpec, Spec
+from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, PathSpec, RunSpec, Spec
 
 STEMS = ("sam_by_hand", "sam_vs_sgd")
 PROFILES = ("quick", "gpu", "paper")
@@ -37,7 +37,7 @@ class Arm:
 
     role: str
     cell: str
-    base: RunSpec | CheckSpec
+    base: RunSpec | ConnectSpec | CheckSpec
     seeds: tuple[int, ...]
     measures: tuple[MeasureSpec, ...] = ()
     epochs_factor: float = 1.0
@@ -52,6 +52,11 @@ class Arm:
             base = dataclasses.replace(base, train=dataclasses.replace(base.train, epochs=epochs))
         return tuple(dataclasses.replace(base, seed=seed) for seed in self.seeds)
 
+    @property
+    def parents(self) -> tuple[RunSpec, ...]:
+        """The runs whose models the members need, beside the members themselves."""
+        return ()
+
     def measures_of(self, member: RunSpec | CheckSpec) -> tuple[MeasureSpec, ...]:
         parent = specs_of.key(member)
         return tuple(dataclasses.replace(measure, parent=parent) for measure in self.measures)
@@ -62,6 +67,47 @@ class Arm:
             return self
         base = specs_of.override(self.base, overrides) if isinstance(self.base, RunSpec) else self.base
         return dataclasses.replace(self, base=base, seeds=self.seeds if seeds is None else seeds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair(Arm):
+    """A path between the models of two arms, seed by seed.
+
+    The path of seed s starts at the run of seed s of `start` and ends at the second run of seed s of `end`: on the same
+    images, since both ends are to be minima of one training loss, but from another initialisation and with batches in
+    another order, since from the same ones no barrier lies between two runs. `base` is a template of the path, its ends
+    filled in for each member.
+    """
+
+    start: Arm
+    end: Arm
+
+    @property
+    def ends(self) -> tuple[tuple[RunSpec, RunSpec], ...]:
+        """The two runs that each member joins."""
+        starts, ends = (dataclasses.replace(arm, seeds=self.seeds).specs for arm in (self.start, self.end))
+        return tuple((start, specs_of.second_run(end)) for start, end in zip(starts, ends, strict=True))
+
+    @property
+    def specs(self) -> tuple[ConnectSpec, ...]:
+        return tuple(
+            dataclasses.replace(self.base, start=specs_of.key(start), end=specs_of.key(end), seed=start.seed)
+            for start, end in self.ends
+        )
+
+    @property
+    def parents(self) -> tuple[RunSpec, ...]:
+        return tuple(run for runs in self.ends for run in runs)
+
+    def varied(self, seeds: tuple[int, ...] | None, overrides: Mapping[str, Any]) -> "Pair":
+        """Other seeds, and other fields of the runs; the path is trained as before."""
+        start, end = (arm.varied(seeds, overrides) for arm in (self.start, self.end))
+        return dataclasses.replace(self, start=start, end=end, seeds=self.seeds if seeds is None else seeds)
+
+
+def path(**settings: Any) -> ConnectSpec:
+    """A template for `Pair`: a path whose ends are filled in for each member."""
+    return ConnectSpec("0" * 16, "0" * 16, PathSpec(**settings))
 
 
 def measure(name: str, **settings: Any) -> MeasureSpec:
@@ -102,12 +148,11 @@ def arms(
 
 
 def specs(arms: Sequence[Arm]) -> list[Spec]:
-    """Every spec of the arms once, each measure after the run it needs."""
+    """Every spec of the arms once, each measure and each path after the runs it needs."""
     found: dict[str, Spec] = {}
     for arm in arms:
-        for member in arm.specs:
-            for spec in (member, *arm.measures_of(member)):
-                found.setdefault(specs_of.key(spec), spec)
+        for spec in (*arm.parents, *(spec for member in arm.specs for spec in (member, *arm.measures_of(member)))):
+            found.setdefault(specs_of.key(spec), spec)
     return list(found.values())
 
 

@@ -8,6 +8,7 @@
     asymmetry_factors(loss, mus=[5.0])              how unevenly it rises to the two sides of random directions
     acting_perturbation(opt, "bf16")                what is left of an optimiser's perturbation after rounding
     effective_perturbation(w, eps, "bf16")          the same of given weights and eps
+    connectivity.train_bend(...), connectivity.along(...)       a path between two sets of weights, and the loss on it
     weight_tails(first_layer(loss.weights()))       how heavy the tails of a layer's weights are
 """
 
