@@ -5,6 +5,7 @@ is a string or a frame of strings, the same on every machine for the same record
 """
 
 import math
+import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
 
@@ -15,6 +16,7 @@ from samlib import plots, published, stats
 from samlib.claims import Verdict, part_text
 from samlib.experiments import tuning
 from samlib.experiments.tuning import Choice
+from samlib.rules import RULES
 from samlib.rules.conventions import INFORMATION, Part
 from samlib.stats import Interval
 from samlib.study import Study
@@ -52,6 +54,17 @@ def reasons_text(verdicts: Iterable[Verdict]) -> str:
     for verdict in verdicts:
         claims_by_reason.setdefault(verdict.reason, []).append(f"`{verdict.claim}`")
     return "\n".join(f"- **{reason}**: {', '.join(claims)}" for reason, claims in claims_by_reason.items())
+
+
+def rules_text(claims: Iterable[str], frame: pd.DataFrame) -> str:
+    """A Markdown list: what the rules of these claims make of cells that are bound to none, by the sign alone. It is
+    for information, and no verdict."""
+    lines = []
+    for claim in claims:
+        outcome, parts, reason = RULES[claim](frame, True)
+        lines += [f"- the rule of `{claim}` would say: {outcome}", *(f"    - {part_text(part)}" for part in parts)]
+        lines.append(f"    - {reason}")
+    return "\n".join(lines)
 
 
 def caption(what: str, frame: pd.DataFrame, metric: str, interval: str = plots.MEAN_INTERVAL) -> str:
@@ -101,6 +114,31 @@ def ratios(frame: pd.DataFrame, metrics: Sequence[str], a: str, b: str) -> pd.Da
         rows[cell] = {f"{metric}: {name(a)} / {name(b)}": bounds_text(interval) for metric, interval in found.items()}
         rows[cell]["n"] = str(min(interval.n for interval in found.values()))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("cell")
+
+
+def step_times(frame: pd.DataFrame, base: str = "sgd") -> pd.DataFrame:
+    """Milliseconds per update of the weights, evaluations included: the median over seeds, and how many times that of
+    the role `base` in the same cell. Times of the machines that made the records (`machines`)."""
+    arms = list(frame[["cell", "role"]].drop_duplicates().itertuples(index=False, name=None))
+    times = {arm: _milliseconds_per_step(frame, *arm) for arm in arms}
+    rows = {}
+    for (cell, role), found in times.items():
+        median, unit = (statistics.median(each) if each else math.nan for each in (found, times.get((cell, base))))
+        shown = {"ms per step": number(median), f"times {name(base)}": number(median / unit), "n": str(len(found))}
+        rows[cell, name(role)] = shown
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["cell", "method"])
+
+
+def _milliseconds_per_step(frame: pd.DataFrame, cell: str, role: str) -> list[float]:
+    seconds, steps = (by_seed(frame, cell, role, column) for column in ("wall_seconds", "step"))
+    return [1000 * seconds[seed] / steps[seed] for seed in seconds]
+
+
+def machines(study: Study, **pick: Sequence[str]) -> str:
+    """What the finished runs were made on, as their records say: device, and threads per run."""
+    made = (study.store.load(key).environment for key in finished(study.frame(**pick))["key"])
+    found = sorted({f"{one['device']}, threads per run: {one['threads']}" for one in made})
+    return "; ".join(found) or "no finished runs"
 
 
 def settings(study: Study, **pick: Sequence[str]) -> pd.DataFrame:
