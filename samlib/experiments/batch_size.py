@@ -1,0 +1,91 @@
+"""02: SGD and SAM at three batch sizes, at equal epochs and at equal numbers of updates.
+
+Quick profile: scikit-learn's digits and a small MLP; learning rates and radii are those of `digits`, the same at every
+batch size, as in the paper.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from samlib.experiments import Arm, digits, measure
+from samlib.spec import RunSpec
+
+TITLE = "Does a large batch hurt, and does SAM make up for it?"
+PUBLISHED_SCALE = frozenset({"paper"})
+
+# 10, 50 and all of 100 images stand for 16, 64 and 128 of 50,000, as 1 to 5 to 10 for 1 to 4 to 8: of the sizes that
+# divide 100 the nearest to that, so that an epoch is the same images at every size. Fixed before any of them had run.
+EQUAL_EPOCHS = {"batch=10": 10, "batch=50": 50, "batch=100": 100}
+# As many updates as the smallest batch has: one reason why the larger ones could be worse is taken away.
+EQUAL_UPDATES = {"batch=10": 10, "batch=50, equal updates": 50, "batch=100, equal updates": 100}
+# For information: equal epochs at a learning rate of which the smallest batch has no reason to suffer.
+SMALL_LR = 0.1
+SMALL_LR_CELLS = {"lr=0.1, batch=10": 10, "lr=0.1, batch=50": 50, "lr=0.1, batch=100": 100}
+# For information: the noisy setting at equal epochs, and with as many updates as at the batch of 128 it was tuned for.
+NOISY_EPOCHS = {"noise40, batch=16": 16, "noise40, batch=128": 128, "noise40, batch=300": 300}
+NOISY_UPDATES = {
+    "noise40, batch=16, equal updates": 16,
+    "noise40, batch=128": 128,
+    "noise40, batch=300, equal updates": 300,
+}
+
+DECIDES = {
+    "coldenhoff-b-small-batch-better": {"quick": tuple(EQUAL_EPOCHS)},
+    "coldenhoff-b-sam-gain-5-to-10": {"quick": tuple(EQUAL_EPOCHS)},
+    "coldenhoff-b-sam-lower-variance": {"quick": tuple(EQUAL_EPOCHS)},
+    "coldenhoff-b-sam-mitigates-large-batch": {"quick": tuple(EQUAL_EPOCHS)},
+    "coldenhoff-b-low-train-loss-not-better": {"quick": tuple(EQUAL_EPOCHS)},
+    "coldenhoff-b-loss-curve-variance": {"quick": tuple(EQUAL_EPOCHS)},
+}
+
+FEW_SEEDS = digits.SEEDS[:5]  # where nothing is decided
+
+
+def arms(profile: str) -> tuple[Arm, ...]:
+    if profile != "quick":
+        return ()
+    dense = both("plain", eval_every=2)  # 25 points in the last half of the curve
+    longer, small, noisy = both("plain", eval_every=100), both("plain", lr=SMALL_LR), both("noise40")
+    return (
+        *comparisons(EQUAL_EPOCHS, dense, digits.SEEDS),
+        *comparisons(_only_in(EQUAL_UPDATES, EQUAL_EPOCHS), longer, FEW_SEEDS, updates_of=10),
+        *comparisons(SMALL_LR_CELLS, small, FEW_SEEDS),
+        *comparisons(NOISY_EPOCHS, noisy, FEW_SEEDS),
+        *comparisons(_only_in(NOISY_UPDATES, NOISY_EPOCHS), noisy, FEW_SEEDS, updates_of=128),
+    )
+
+
+def both(setting: str, eval_every: int | None = None, lr: float | None = None) -> dict[str, RunSpec]:
+    """role -> spec of SGD and of SAM in a setting of `digits`."""
+    found = {"sgd": digits.sgd(setting), "sam": digits.sam(setting)}
+    if lr is not None:
+        found = {role: digits.with_optim(spec, lr=lr) for role, spec in found.items()}
+    if eval_every is not None:
+        found = {
+            role: dataclasses.replace(spec, train=dataclasses.replace(spec.train, eval_every=eval_every))
+            for role, spec in found.items()
+        }
+    return found
+
+
+def comparisons(
+    cells: Mapping[str, int], methods: Mapping[str, RunSpec], seeds: tuple[int, ...], updates_of: int | None = None
+) -> tuple[Arm, ...]:
+    """Every method in every cell, at the batch size of the cell; at equal epochs, or for as many updates as a batch of
+    `updates_of` images makes in them, to the whole epoch."""
+    found = []
+    for cell, size in cells.items():
+        for role, base in methods.items():
+            factor = 1.0 if updates_of is None else updates(base, updates_of) / updates(base, size)
+            spec = digits.with_batch(base, size)
+            found.append(Arm(role, cell, spec, seeds, (measure("lambda_max"),), factor, curves=("running_loss",)))
+    return tuple(found)
+
+
+def updates(spec: RunSpec, batch_size: int) -> int:
+    """Updates per epoch at a batch size; images left over are left out."""
+    return spec.data.train_size // batch_size
+
+
+def _only_in(cells: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
+    return {cell: size for cell, size in cells.items() if cell not in others}
