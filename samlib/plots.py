@@ -56,6 +56,9 @@ VARIED = {
     "sgd_double": Style("SGD, twice the epochs", METHODS["sgd"].colour, "o", varied=True),
     "sgd_tuned": Style("SGD, learning rate tuned", METHODS["sgd"].colour, "X", varied=True),
     "sam_half": Style("SAM, half the epochs", METHODS["sam"].colour, "s", varied=True),
+    "sgd_large": Style("SGD, large batch", METHODS["sgd"].colour, "o", varied=True),
+    "sam_large": Style("SAM, large batch", METHODS["sam"].colour, "s", varied=True),
+    "average_sam_large": Style("average SAM, large batch", METHODS["average_sam"].colour, "v", varied=True),
     "sam_batchnorm": Style("SAM, batch norm", METHODS["sam"].colour, "s", varied=True),
     "asam_batchnorm": Style("ASAM, batch norm", METHODS["asam"].colour, "^", varied=True),
 }

@@ -7,7 +7,7 @@ is a string or a frame of strings, the same on every machine for the same record
 import math
 import statistics
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -179,6 +179,24 @@ def paper_figures(paper: str, table: str, **where: object) -> pd.DataFrame:
     shown = ["dataset", "model", "method", "augmentation", "seed", "metric", "value", "uncertainty"]
     rows = rows[shown].dropna(axis="columns", how="all")
     return rows.map(lambda value: f"{value:g}" if isinstance(value, float) else value).reset_index(drop=True)
+
+
+def beside_the_paper(frame: pd.DataFrame, printed: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """What a paper prints for each role beside our mean with its 95 % t interval.
+
+    Args:
+        frame: the runs of one cell.
+        printed: metric -> role -> figure. A role that the paper has no row for stays empty.
+    """
+    rows = {}
+    for role, arm in frame.groupby("role", sort=False):
+        found = {metric: stats.mean(values(finished(arm), metric)) for metric in printed}
+        row = rows[name(role)] = {}
+        for metric, figures in printed.items():
+            row[f"{metric}, the paper"] = number(figures[role]) if role in figures else ""
+            row[f"{metric}, ours"] = bounds_text(found[metric])
+        row["n"] = str(min(interval.n for interval in found.values()))
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
 # ---------------------------------------------------------------------------------------------- words and numbers
