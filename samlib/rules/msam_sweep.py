@@ -68,9 +68,7 @@ def accuracy_rises_and_then_does_not(evidence: Evidence) -> Decision:
     for cell in evidence.cells:
         points = {num_shards(evidence, cell, role): (cell, role) for role in ("sam", "msam half the shards", "msam")}
         slopes.append(slope_per_doubling(evidence, points, ACCURACY, name=f"{cell}, up to msam"))
-        last = difference(
-            evidence, cell, ACCURACY, "msam twice the shards", "msam", claimed=BELOW, name=f"{cell}, beyond msam"
-        )
+        last = difference(evidence, cell, ACCURACY, "msam twice the shards", "msam", name=f"{cell}, beyond msam")
         lasts.append(judged_at(margin, last, BELOW))
     return decide(
         evidence,
