@@ -51,6 +51,12 @@ COLUMNS = {
     "at once; negative where the loss falls along its own gradient [nat]",
     "adversarial_sharpness:perturbed_loss": "the loss at w + eps, at the end of that ascent [nat]",
     "adversarial_sharpness:loss": "the loss at w, from which adversarial_sharpness rises [nat]",
+    "first_layer_kurtosis": "excess kurtosis of the weights of the first layer, its bias left out, corrected for the "
+    "number of weights; 0 for normal weights, -1.2 for uniform ones, above 0 for heavier tails",
+    "first_layer_kurtosis:quantile_ratio": "99.5 % quantile of the absolute values of those weights, over the 75 % one",
+    "first_layer_kurtosis:range": "largest minus smallest of those weights, in standard deviations of them",
+    "first_layer_kurtosis:sd": "standard deviation of those weights",
+    "first_layer_kurtosis:weights": "number of those weights",
     # exact checks: settings
     "check": "name of the exact check in samlib.checks",
     "p": "setting of dual_norm: exponent of the norm of the ball ||eps||_p <= rho, above 1; inf is the largest entry",

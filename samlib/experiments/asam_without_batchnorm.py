@@ -12,7 +12,7 @@ from samlib.experiments import Arm, measure, tuning
 from samlib.experiments.tuning import Choice
 from samlib.spec import DataSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
 
-TITLE = "Does ASAM do without batch norm what SAM does?"
+TITLE = "Without batch norm, is ASAM as good as SAM?"
 PUBLISHED_SCALE = frozenset({"paper"})
 
 # The claims say "rho 0.05 / 0.5 first, and each at its own best rho": both cells decide, and a rule has to be met in
