@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from samlib import stats
@@ -62,6 +63,18 @@ VARIED = {
     "sam_batchnorm": Style("SAM, batch norm", METHODS["sam"].colour, "s", varied=True),
     "asam_batchnorm": Style("ASAM, batch norm", METHODS["asam"].colour, "^", varied=True),
 }
+PAIRS = {  # of models that a path joins; hollow: a control
+    "sam_to_sgd": Style("SAM to SGD", "#CC79A7", "D"),
+    "sam_to_large": Style("SAM to SAM, large batch", "#009E73", "^"),
+    "sgd_to_sgd": Style("SGD to SGD", METHODS["sgd"].colour, "o", varied=True),
+    "sam_to_sam": Style("SAM to SAM", METHODS["sam"].colour, "s", varied=True),
+}
+PATHS = {  # cell -> how what lies along a path of it looks
+    "chain": Style("chain with one bend", "#0072B2", "o"),
+    "line": Style("straight line", "#E69F00", "s", varied=True),
+    "equal updates": Style("chain, large batch with equal updates", "#009E73", "^"),
+    "as published": Style("chain as published", "#D55E00", "X", varied=True),
+}
 OUTCOMES = {
     "reproduced": ("#009E73", "o", 6.5),
     "not reproduced": ("#D55E00", "X", 7.0),
@@ -79,6 +92,12 @@ METRICS = {
     "lambda_max": "lambda_max, top Hessian eigenvalue",
     "adversarial_sharpness": "sharpness, rise of the training loss (nats)",
     "first_layer_kurtosis": "excess kurtosis of the first layer's weights",
+    "train_error_pct": "training error (%)",
+    "train_loss_barrier": "training-loss barrier (nats)",
+    "train_error_barrier_pct": "training-error barrier (percentage points)",
+    "test_loss_barrier": "test-loss barrier (nats)",
+    "test_error_barrier_pct": "test-error barrier (percentage points)",
+    "t": "t, from the first model to the second",
     "epoch": "epoch",
     "train.batch_size": "batch size",
     "optim.num_shards": "shards per mini-batch",
@@ -95,7 +114,7 @@ def style(role: str) -> Style:
     Raises:
         InputError: the role belongs to no method of this study.
     """
-    known = METHODS | VARIED
+    known = METHODS | VARIED | PAIRS
     if role in known:
         return known[role]
     method, _, rest = role.partition(" ")
@@ -344,6 +363,80 @@ def weight_histograms(tables: pd.DataFrame, panels: Mapping[str, Sequence[str]])
 
 
 @drawn
+def paths(table: pd.DataFrame, metrics: Sequence[str]) -> Figure:
+    """Metrics along paths between two models: a line per cell, mean over seeds with its 95% band.
+
+    A row of panels per metric and a column per role; with one role the metrics stand beside each other.
+
+    Args:
+        table: one row per path and t, with cell, role, seed, t and the metrics; see `Store.tables`.
+
+    Without any finished path the figure says so.
+
+    Raises:
+        InputError: the table lacks a column, or a role or a cell has no look.
+    """
+    if table.empty:
+        return _nothing_yet()
+    _need(table, ("cell", "role", "seed", "t", *metrics))
+    roles, cells = list(table["role"].unique()), list(table["cell"].unique())
+    if unknown := [cell for cell in cells if cell not in PATHS]:
+        raise InputError(f"cell = {unknown[0]!r} has no look: add it to samlib.plots.PATHS")
+    shape, share = ((len(metrics), len(roles)), "row") if len(roles) > 1 else ((1, len(metrics)), False)
+    size = (WIDTH, 0.7 + (1.55 if shape[0] > 1 else 2.3) * shape[0])
+    figure, grid = plt.subplots(*shape, figsize=size, layout="constrained", sharex=True, sharey=share, squeeze=False)
+    for axes, (metric, role) in zip(grid.flat, [(m, r) for m in metrics for r in roles], strict=True):
+        for cell in cells:
+            rows = table[(table["role"] == role) & (table["cell"] == cell)]
+            if len(rows):
+                _along(axes, PATHS[cell], rows, metric)
+        if role == roles[0]:
+            axes.set_ylabel(axis_label(metric))
+        sns.despine(ax=axes)
+    for axes, role in zip(grid[0], roles, strict=False):
+        axes.set_title(style(role).label, fontsize=8.5)
+    for axes in grid[-1]:
+        axes.set_xlabel("t")
+    for axes in grid.flat:  # when all panels of a row have their lines
+        axes.set_ylim(bottom=0)
+    _legend_below(figure, list(grid.flat))
+    return figure
+
+
+@drawn
+def plane(table: pd.DataFrame, nodes: Mapping[str, tuple[float, float]]) -> Figure:
+    """Contours of the training and the test loss in the plane of a chain, with the chain in it.
+
+    Each panel has levels of its own, evenly spaced in the logarithm.
+
+    Args:
+        table: one row per place of a full grid, with x, y, train_loss and test_loss, of one seed; see `Store.tables`.
+        nodes: name -> (x, y), in the order of the chain.
+
+    Without a finished grid the figure says so.
+
+    Raises:
+        InputError: the table lacks a column, or holds no full grid.
+    """
+    if table.empty:
+        return _nothing_yet()
+    _need(table, ("x", "y", "train_loss", "test_loss"))
+    wide, high = (np.ptp(table[axis]) for axis in ("x", "y"))
+    size = (WIDTH, 1.6 + 0.45 * WIDTH * high / wide)
+    figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained", sharex=True, sharey=True)
+    for axes, metric in zip(panels, ("train_loss", "test_loss"), strict=True):
+        _contours(axes, table, metric)
+        axes.plot(*zip(*nodes.values(), strict=True), color="white", linewidth=3.2)  # seen on dark and on light
+        axes.plot(*zip(*nodes.values(), strict=True), "-o", color=INK, markersize=4.5, linewidth=1.6)
+        for name, place in nodes.items():
+            words = {"textcoords": "offset points", "xytext": (4, 5), "fontsize": 8, "color": INK}
+            axes.annotate(name, place, bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}, **words)
+        axes.set_xlabel("along the line of the ends")
+    panels[0].set_ylabel("towards the bend")
+    return figure
+
+
+@drawn
 def scoreboard(rows: Iterable[Mapping[str, object]] | pd.DataFrame) -> Figure:
     """Every claim with its outcome, one panel per paper, and the number of claims by outcome.
 
@@ -519,8 +612,8 @@ def _pooled_density(axes: Axes, look: Style, bins: pd.DataFrame) -> None:
         return
     density = pooled["count"] / weights / (pooled["right"] - pooled["left"])
     edges = [*pooled["left"], pooled["right"].iloc[-1]]
-    shape = {"color": look.colour, "linestyle": look.line, "linewidth": 1.6}
-    axes.stairs(density.where(density > 0), edges, label=look.label, **shape)
+    label = f"{look.label} ({weights:g} weights of {bins['seed'].nunique()} seeds)"
+    axes.stairs(density.where(density > 0), edges, color=look.colour, linestyle=look.line, linewidth=1.6, label=label)
 
 
 def _line_of_means(
@@ -562,6 +655,29 @@ def _need_positive(done: pd.DataFrame, columns: Sequence[str]) -> None:
                 f"{name} is not above 0 for seed {seed} of {role} in {cell}: a log axis has no place for it, leave "
                 "such runs out first"
             )
+
+
+def _along(axes: Axes, look: Style, rows: pd.DataFrame, metric: str) -> None:
+    points = {t: stats.mean(group[metric].astype(float).tolist()) for t, group in rows.groupby("t")}
+    marks = {"marker": look.marker, "markersize": 3.5, "markerfacecolor": look.face, "linewidth": 1.4}
+    found = list(points.values())
+    axes.plot(list(points), [p.estimate for p in found], look.line, color=look.colour, label=look.label, **marks)
+    low, high = [p.low for p in found], [p.high for p in found]
+    axes.fill_between(list(points), low, high, color=look.colour, alpha=0.18, linewidth=0)
+
+
+def _contours(axes: Axes, table: pd.DataFrame, metric: str) -> None:
+    places = table.pivot(index="y", columns="x", values=metric)
+    if places.isna().any(axis=None):
+        raise InputError(f"table has {len(table)} places, which are no full grid: give those of one seed")
+    low, high = np.quantile(places, [0.02, 0.98])  # a few places at the rim are not to take all the colours
+    levels = np.geomspace(max(low, 1e-6), high, 13)
+    looks = {"levels": levels, "norm": LogNorm(levels[0], levels[-1]), "cmap": "cividis_r", "extend": "both"}
+    filled = axes.contourf(places.columns, places.index, places, **looks)
+    axes.figure.colorbar(filled, ax=axes, location="bottom", format="%.1g", ticks=levels[::4], label=METRICS[metric])
+    axes.set_title(METRICS[metric].partition(" (")[0])
+    axes.set_aspect("equal")
+    axes.grid(visible=False)
 
 
 def _legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
