@@ -612,8 +612,8 @@ def _pooled_density(axes: Axes, look: Style, bins: pd.DataFrame) -> None:
         return
     density = pooled["count"] / weights / (pooled["right"] - pooled["left"])
     edges = [*pooled["left"], pooled["right"].iloc[-1]]
-    label = f"{look.label} ({weights:g} weights of {bins['seed'].nunique()} seeds)"
-    axes.stairs(density.where(density > 0), edges, color=look.colour, linestyle=look.line, linewidth=1.6, label=label)
+    shape = {"color": look.colour, "linestyle": look.line, "linewidth": 1.6}
+    axes.stairs(density.where(density > 0), edges, label=look.label, **shape)
 
 
 def _line_of_means(
