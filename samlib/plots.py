@@ -63,6 +63,7 @@ VARIED = {
     "sam_batchnorm": Style("SAM, batch norm", METHODS["sam"].colour, "s", varied=True),
     "asam_batchnorm": Style("ASAM, batch norm", METHODS["asam"].colour, "^", varied=True),
 }
+SERIES = (Style("first", "#0072B2", "o"), Style("second", "#009E73", "^", varied=True))  # what is no method
 PAIRS = {  # of models that a path joins; hollow: a control
     "sam_to_sgd": Style("SAM to SGD", "#CC79A7", "D"),
     "sam_to_large": Style("SAM to SAM, large batch", "#009E73", "^"),
@@ -91,6 +92,7 @@ METRICS = {
     "train_loss": "training loss (nats)",
     "lambda_max": "lambda_max, top Hessian eigenvalue",
     "adversarial_sharpness": "sharpness, rise of the training loss (nats)",
+    "asymmetry_factor": "asymmetry factor",
     "first_layer_kurtosis": "excess kurtosis of the first layer's weights",
     "train_error_pct": "training error (%)",
     "train_loss_barrier": "training-loss barrier (nats)",
@@ -437,6 +439,107 @@ def plane(table: pd.DataFrame, nodes: Mapping[str, tuple[float, float]]) -> Figu
 
 
 @drawn
+def scatter(frame: pd.DataFrame, x: str, y: str, panels: Mapping[str, Sequence[str]]) -> Figure:
+    """One metric against another: a faint dot per run, and the mean of each arm with its 95% interval both ways.
+
+    The arms of one method at one batch size look alike ('sam rho=0.1' as 'sam', 'sam_large rho=0.1' as 'sam_large');
+    in a panel with a part of the arms, what sets them apart stands beside the mean. Each panel has axes of its own.
+
+    Args:
+        frame: one row per run, with cell, role, seed, status and both metrics; see `Store.frame`.
+        panels: title -> the roles drawn in that panel.
+
+    Without any finished run the figure says so.
+
+    Raises:
+        InputError: the frame lacks a column, or a role has no colour.
+    """
+    done = finished(finished(frame, x), y)
+    if done.empty:
+        return _nothing_yet()
+    figure, grid = plt.subplots(1, len(panels), figsize=(WIDTH, 3.2), layout="constrained", squeeze=False)
+    for (title, roles), axes in zip(panels.items(), grid.flat, strict=True):
+        axes.set_title(title)
+        named = len(roles) < frame["role"].nunique()
+        for (_, role), arm in done[done["role"].isin(roles)].groupby(["cell", "role"], sort=False):
+            base, _, rest = role.partition(" ")
+            points = arm[[x, y]].astype(float).to_numpy().T
+            _mean_both_ways(axes, style(base), *points, rest if named else "")
+        axes.set_xlabel(axis_label(x.partition("@")[0]))
+        sns.despine(ax=axes)
+    grid.flat[0].set_ylabel(axis_label(y))
+    _legend_below(figure, list(grid.flat))
+    return figure
+
+
+@drawn
+def correlations(table: pd.DataFrame, chosen: float) -> Figure:
+    """A correlation coefficient against mu on a log axis, one panel per loss set, one line per law of the directions.
+
+    Args:
+        table: one row per panel, series and mu, with estimate, low and high; see `report.correlations_by_mu`.
+        chosen: the mu that decides, marked by a dotted line.
+
+    Without any coefficient the figure says so.
+
+    Raises:
+        InputError: the table lacks a column, or has more series than there are looks.
+    """
+    _need(table, ("panel", "series", "mu", "estimate", "low", "high"))
+    known = table[np.isfinite(table["estimate"].astype(float))]
+    if known.empty:
+        return _nothing_yet()
+    names = list(table["series"].unique())
+    if len(names) > len(SERIES):
+        raise InputError(f"series = {names}: there are looks for {len(SERIES)}")
+    figure, panels = _panels(list(table["panel"].unique()), height=3.0)
+    for panel, axes in zip(table["panel"].unique(), panels, strict=True):
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.axvline(chosen, color=FAINT, linestyle=(0, (1, 1.5)), linewidth=1.6, label="mu of the verdict")
+        for place, (series, look) in enumerate(zip(names, SERIES, strict=False)):
+            rows = known[(known["panel"] == panel) & (known["series"] == series)]
+            mus = rows["mu"].astype(float) * 1.03 ** (2 * place - 1)  # beside each other
+            axes.vlines(mus, rows["low"], rows["high"], color=look.colour, linewidth=1.2)
+            axes.plot(mus, rows["estimate"], look.line + look.marker, color=look.colour, label=series, markersize=4.5)
+        axes.set_xscale("log")
+        axes.set_ylim(-1.05, 1.05)
+        axes.set_xlabel("mu, distance from the minimum")
+    panels[0].set_ylabel("correlation r")
+    _legend_below(figure, panels)
+    return figure
+
+
+@drawn
+def slices(panels: Mapping[str, pd.DataFrame], linear: float = 0.1) -> Figure:
+    """The rise of the loss along one direction to both sides of the minimum: a line per arm, its mean over seeds with a
+    95% band. The vertical axis is linear up to `linear` and logarithmic beyond.
+
+    Args:
+        panels: title -> one row per run and distance, with cell, role, seed, mu, rise_plus and rise_minus; see
+            `Store.tables`. Looks as in `scatter`; large-batch lines are dashed.
+
+    Without any finished run the figure says so.
+
+    Raises:
+        InputError: a table lacks a column, or a role has no colour.
+    """
+    if not any(len(table) for table in panels.values()):
+        return _nothing_yet()
+    figure, grid = _panels(list(panels), height=3.4)
+    for table, axes in zip(panels.values(), grid, strict=True):
+        if len(table):
+            _need(table, ("cell", "role", "seed", "mu", "rise_plus", "rise_minus"))
+            for (_, role), arm in table.groupby(["cell", "role"], sort=False):
+                _slice(axes, style(role.partition(" ")[0]), arm)
+        axes.axhline(0, color=INK, linewidth=1, zorder=1)
+        axes.set_xlabel("mu")
+    grid[0].set_yscale("symlog", linthresh=linear)  # the panels share it
+    grid[0].set_ylabel("rise of the training loss (nats)")
+    _legend_below(figure, grid)
+    return figure
+
+
+@drawn
 def scoreboard(rows: Iterable[Mapping[str, object]] | pd.DataFrame) -> Figure:
     """Every claim with its outcome, one panel per paper, and the number of claims by outcome.
 
@@ -678,6 +781,29 @@ def _contours(axes: Axes, table: pd.DataFrame, metric: str) -> None:
     axes.set_title(METRICS[metric].partition(" (")[0])
     axes.set_aspect("equal")
     axes.grid(visible=False)
+
+
+def _mean_both_ways(axes: Axes, look: Style, x: np.ndarray, y: np.ndarray, words: str) -> None:
+    """A dot per run, a cross of the two intervals, the mean, and what sets the arm apart."""
+    axes.scatter(x, y, s=12, color=look.colour, alpha=0.3, linewidths=0, zorder=2)
+    across, up = stats.mean(x), stats.mean(y)
+    bars = {"color": look.colour, "linewidth": 1.2, "zorder": 3}
+    axes.plot([across.low, across.high], [up.estimate] * 2, **bars)
+    axes.plot([across.estimate] * 2, [up.low, up.high], **bars)
+    marks = {"markerfacecolor": look.face, "markeredgecolor": look.colour, "markeredgewidth": 1.4, "zorder": 4}
+    axes.plot(across.estimate, up.estimate, look.marker, label=look.label, **marks)
+    where = {"textcoords": "offset points", "xytext": (5, 4), "fontsize": 7, "color": FAINT, "zorder": 5}
+    axes.annotate(words, (across.estimate, up.estimate), **where)
+
+
+def _slice(axes: Axes, look: Style, arm: pd.DataFrame) -> None:
+    sides = [arm.assign(mu=-arm["mu"], rise=arm["rise_minus"]), arm.assign(rise=arm["rise_plus"])]
+    rises = pd.concat(sides).dropna(subset=["rise"]).groupby("mu")["rise"]
+    points = {0.0: stats.mean([0.0])} | {mu: stats.mean(values.tolist()) for mu, values in rises}
+    mus = sorted(points)
+    axes.plot(mus, [points[mu].estimate for mu in mus], look.line, color=look.colour, label=look.label, linewidth=1.2)
+    low, high = ([getattr(points[mu], bound) for mu in mus] for bound in ("low", "high"))
+    axes.fill_between(mus, low, high, color=look.colour, alpha=0.08, linewidth=0)
 
 
 def _legend_below(figure: Figure, panels: Sequence[Axes]) -> None:

@@ -141,6 +141,44 @@ def machines(study: Study, **pick: Sequence[str]) -> str:
     return "; ".join(found) or "no finished runs"
 
 
+def correlations_by_mu(study: Study, columns: Mapping[tuple[str, str], str], metric: str = "test_loss") -> pd.DataFrame:
+    """r of the asymmetry factor at each mu with a metric, over settings: means over the seeds that all of them have.
+
+    Args:
+        columns: (panel, series) -> column of the measure, whose table holds a factor for each mu.
+
+    Returns:
+        One row per panel, series and mu, with estimate, low and high of a bootstrap over settings, and n.
+    """
+    rows, frame = [], finished(study.frame())
+    for (panel, series), column in columns.items():
+        tables = study.tables(column)
+        for mu in sorted(tables["mu"].unique()) if len(tables) else ():
+            interval = _correlation_over_settings(tables[tables["mu"] == mu], frame, metric)
+            found = {"estimate": interval.estimate, "low": interval.low, "high": interval.high, "n": interval.n}
+            rows.append({"panel": panel, "series": series, "mu": mu} | found)
+    return pd.DataFrame(rows, columns=["panel", "series", "mu", "estimate", "low", "high", "n"])
+
+
+def _correlation_over_settings(table: pd.DataFrame, frame: pd.DataFrame, metric: str) -> Interval:
+    setting = ["cell", "role"]
+    factors = table.pivot(index="seed", columns=setting, values="asymmetry_factor")
+    losses = frame.pivot(index="seed", columns=setting, values=metric)[factors.columns]
+    shared = factors.dropna().index.intersection(losses.dropna().index)
+    means = [values.loc[shared].mean().tolist() if len(shared) else [] for values in (factors, losses)]
+    return stats.correlation(*means)
+
+
+def without_minimum(study: Study, columns: Mapping[tuple[str, str], str]) -> pd.DataFrame:
+    """Share of the directions along which the loss falls to a side, mean over all models, one row per mu."""
+    found = {
+        ", ".join(names): study.tables(column).groupby("mu")["no_minimum"].mean()
+        for names, column in columns.items()
+        if len(study.tables(column))
+    }
+    return pd.DataFrame(found).map(number).rename_axis("mu")
+
+
 def settings(study: Study, **pick: Sequence[str]) -> pd.DataFrame:
     """What was run, one row per arm, with the fields in which the arms differ by their short names."""
     table = study.settings(**pick)

@@ -166,6 +166,20 @@ def test_other_directions_and_the_test_loss_decide_nothing():
         assert (part.outcome, part.estimate < -0.9) == (INFORMATION, True)
 
 
+def test_each_batch_size_alone_is_shown():
+    """Two clusters may correlate one way, and the settings within each the other way (E-B11)."""
+
+    def value_of(role, seed):
+        place = ROLES.index(role)
+        return {MAIN: (place >= 6) + 0.01 * place, "test_loss": (place >= 6) - 0.01 * place}
+
+    found, parts, _ = judge(CORRELATION, frame(value_of))
+    assert found == REPRODUCED
+    for name in ("small batch alone", "large batch alone"):
+        part = part_named(parts, f"{CELL}, {name}")
+        assert (part.outcome, part.n, part.estimate) == (INFORMATION, 6, pytest.approx(-1))
+
+
 def test_the_share_of_directions_along_no_minimum_is_said():
     assert "25 % of the directions are along no minimum" in judge(CORRELATION, correlated(UP))[2]
     assert "25 % of the directions are along no minimum" in judge(MOST_ASYMMETRIC, correlated(UP))[2]

@@ -66,6 +66,8 @@ def asymmetric_minima_generalise_better(evidence: Evidence) -> Decision:
             ("normal directions, on the test loss", NORMAL | {"split": "test"}),
         ):
             beside.append(over_settings(evidence, cell, metric(evidence, **how), "pearson", f"{cell}, {name}"))
+        for name, roles in (("small batch alone", SMALL), ("large batch alone", LARGE)):
+            beside.append(over_settings(evidence, cell, published, "pearson", f"{cell}, {name}", roles))
         beside += [over_models(evidence, cell, published, kind) for kind in ("pearson", "spearman")]
         beside.append(within_seeds(evidence, cell, published))
         share_without_minimum(evidence, cell)
@@ -163,29 +165,31 @@ def words(how: dict[str, str]) -> str:
 # ---------------------------------------------------------------------------------------------- correlation
 
 
-def per_setting(evidence: Evidence, cell: str, factor: str) -> tuple[list[list[float]], list[list[float]]]:
+def per_setting(
+    evidence: Evidence, cell: str, factor: str, roles: Sequence[str] = (*SMALL, *LARGE)
+) -> tuple[list[list[float]], list[list[float]]]:
     """Factors and test losses, one row per setting, over the seeds that all settings have both of.
 
     A seed draws the training images, so that settings with other seeds would differ by more than the setting.
     """
-    arms = [
-        (scores(evidence, cell, role, factor), scores(evidence, cell, role, "test_loss")) for role in (*SMALL, *LARGE)
-    ]
+    arms = [(scores(evidence, cell, role, factor), scores(evidence, cell, role, "test_loss")) for role in roles]
     shared = sorted(set.intersection(*(set(values) for arm in arms for values in arm)))
     factors = [[arm[0][seed] for seed in shared] for arm in arms]
     return factors, [[arm[1][seed] for seed in shared] for arm in arms]
 
 
-def over_settings(evidence: Evidence, cell: str, factor: str, kind: str, name: str = "") -> Part:
+def over_settings(
+    evidence: Evidence, cell: str, factor: str, kind: str, name: str = "", roles: Sequence[str] = (*SMALL, *LARGE)
+) -> Part:
     """Correlation of the means of the settings, with a bootstrap that draws whole settings: they are the units."""
-    factors, losses = per_setting(evidence, cell, factor)
-    seeds, roles = len(factors[0]), (*SMALL, *LARGE)
+    factors, losses = per_setting(evidence, cell, factor, roles)
+    seeds = len(factors[0])
     means = [[stats.mean(row).estimate for row in rows] if seeds else [] for rows in (factors, losses)]
     interval = stats.correlation(*means, kind=kind)
     statistic = f"{kind} r of {factor} and test_loss, means of {len(roles)} settings over {seeds} seeds"
     trusted = can_conclude(evidence, [cell], roles, len(roles) * seeds, f"{statistic}: models", MIN_MODELS)
     trusted = can_conclude(evidence, [cell], roles, seeds, f"{statistic}: seeds", MIN_SEEDS) and trusted
-    printed = evidence.published["r_all"] if kind == "pearson" else None
+    printed = evidence.published["r_all"] if kind == "pearson" and not name else None
     return judged_part(name or cell, statistic, interval, trusted, ABOVE, printed)
 
 
