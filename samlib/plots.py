@@ -90,6 +90,7 @@ METRICS = {
     "test_loss": "test loss (nats)",
     "validation_loss": "validation loss (nats)",
     "train_loss": "training loss (nats)",
+    "running_loss": "running training loss (nats)",
     "lambda_max": "lambda_max, top Hessian eigenvalue",
     "adversarial_sharpness": "sharpness, rise of the training loss (nats)",
     "asymmetry_factor": "asymmetry factor",
@@ -728,7 +729,8 @@ def _line_of_means(
         raise InputError(f"{look.label} at {x} = {value:g} holds seed {seed:g} twice: name fewer roles or cells for it")
     average = _geometric_mean if log_y else stats.mean
     points = {value: average(arm[metric].astype(float).tolist()) for value, arm in rows.groupby(x)}
-    axes.scatter(rows[x] * beside, rows[metric], s=10, color=look.colour, alpha=0.3, linewidths=0, zorder=2)
+    spread = 2 ** (0.06 * (rows.groupby(x)["seed"].rank(pct=True) - 0.55))  # seeds from left to right
+    axes.scatter(rows[x] * beside * spread, rows[metric], s=12, color=look.colour, alpha=0.4, linewidths=0, zorder=2)
     places, found = [value * beside for value in points], list(points.values())
     for place, point in zip(places, found, strict=True):
         axes.plot([place, place], [point.low, point.high], color=look.colour, linewidth=1.6, zorder=3)

@@ -164,7 +164,7 @@ def curve_sd_ratio(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], *
         raise InputError(
             f"a and b have shapes {a.shape} and {b.shape}: use one row of points per seed, as many in each"
         )
-    if n < 2 or not (np.ptp(a, axis=0).any() and np.ptp(b, axis=0).any()):
+    if n < 3 or not (np.ptp(a, axis=0).any() and np.ptp(b, axis=0).any()):  # without one of two, no spread is left
         return _undefined(math.nan, n, confidence, "bootstrap")
 
     def log_ratio(i: np.ndarray, j: np.ndarray, axis: int = -1) -> np.ndarray:

@@ -156,7 +156,13 @@ def test_the_order_of_rows_is_nothing(claim):
 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_what_is_matched_is_said(claim):
-    assert "matched: epochs" in judge(claim, HOLDS[claim])[2]
+    rows = HOLDS[claim]
+    longer = [r | {"train.epochs": 8} if r["train.batch_size"] == 16 else r for r in rows]
+    if claim in (FALLS, MITIGATES):
+        assert "matched over the batch sizes: learning rate and epochs, not updates" in judge(claim, rows)[2]
+        assert "matched over the batch sizes: learning rate, not epochs" in judge(claim, longer)[2]
+    else:
+        assert "matched: epochs, at each batch size" in judge(claim, rows)[2]
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
@@ -194,7 +200,7 @@ def test_slope_and_steps_are_those_of_the_accuracies():
     assert slope.estimate == pytest.approx(np.mean(fits))
     assert (slope.outcome, slope.n) == (SUPPORTS, 10)
     assert step.estimate == pytest.approx((sgd[64] - sgd[16]).mean())
-    assert step.statistic.startswith("sgd, batch=64 - batch=16 of test_accuracy_pct")
+    assert (step.name, step.statistic) == ("sgd", "batch=64 - batch=16 of test_accuracy_pct, paired by seed")
 
 
 EXACT = ((0, 0, 0), (0, 0, 0))  # no luck at all: each interval is a point
@@ -257,6 +263,15 @@ def test_spreads_come_with_the_test_that_they_are_equal():
     assert parts[-1].estimate == pytest.approx(stats.brown_forsythe(sam, sgd))
     assert parts[1].estimate == pytest.approx(np.std(sam) / np.std(sgd))
     assert parts[-1].n == 10
+
+
+def test_two_seeds_have_no_test_of_equal_spread():
+    parts = judge(SPREAD, [r for r in HOLDS[SPREAD] if r["seed"] < 3])[1]
+    assert 0 < parts[-1].estimate < 1
+    ties = runs(seeds=2, spread=((1, 1, 0), (1, 1, 1)))  # sd_ratio itself warns of two seeds that differ
+    assert math.isnan(
+        judge(SPREAD, [r for r in ties if r["train.batch_size"] == 128 or r["seed"] == 0])[1][-1].estimate
+    )
 
 
 def test_the_difference_of_the_drops():

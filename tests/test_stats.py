@@ -237,9 +237,9 @@ def test_fewer_than_two_units_have_no_interval(values):
     assert math.isnan(stats.unpaired_difference(values, [1.0, 2.0, 3.0]).low)
     assert math.isnan(stats.sd_ratio(values, [1.0, 2.0], paired=False).low)
     assert math.isnan(stats.geometric_mean_ratio({0: 1.0}, {1: 1.0}).estimate)
-    curves = [[value, 2.0] for value in values]
-    assert math.isnan(stats.curve_sd_ratio(curves, curves).estimate)
-    assert stats.curve_sd_ratio(curves, curves).n == len(values)
+    for curves in ([[value, 2.0] for value in values], [[1.0, 2.0], [3.0, 5.0]]):  # of curves, fewer than three
+        assert math.isnan(stats.curve_sd_ratio(curves, curves).estimate)
+        assert stats.curve_sd_ratio(curves, curves).n == len(curves)
 
 
 def test_without_variance_the_interval_is_a_point():

@@ -8,7 +8,7 @@ a training curve usually shows, and what claims.yaml presumes of the paper's.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from samlib import stats
@@ -35,6 +35,7 @@ from samlib.rules.conventions import (
     listed,
     mean_ratio,
     most,
+    note,
     rule,
     scores,
     slope_per_doubling,
@@ -45,13 +46,11 @@ from samlib.rules.conventions import (
 ACCURACY, LOSS = "test_accuracy_pct", "running_loss"
 
 
-@rule("coldenhoff-b-small-batch-better", roles=("sgd", "sam"), matched="epochs and learning rate, not updates")
+@rule("coldenhoff-b-small-batch-better", roles=("sgd", "sam"))
 def accuracy_falls_as_the_batch_grows(evidence: Evidence) -> Decision:
+    note(evidence, matched_over_sizes(evidence))
     sizes = cells_by_size(evidence)
-    slopes = [
-        slope_per_doubling(evidence, {size: (cell, role) for size, cell in sizes.items()}, ACCURACY, claimed=BELOW)
-        for role in evidence.roles
-    ]
+    slopes = [accuracy_slope(evidence, sizes, role) for role in evidence.roles]
     steps = [
         adjacent_step(evidence, smaller, larger, role)
         for role in evidence.roles
@@ -65,7 +64,7 @@ def accuracy_falls_as_the_batch_grows(evidence: Evidence) -> Decision:
     )
 
 
-@rule("coldenhoff-b-sam-gain-5-to-10", roles=("sgd", "sam"), matched="epochs")
+@rule("coldenhoff-b-sam-gain-5-to-10", roles=("sgd", "sam"), matched="epochs, at each batch size")
 def sam_gains_at_every_batch_size(evidence: Evidence) -> Decision:
     cells = list(cells_by_size(evidence).values())
     printed = {cells[-1]: evidence.published["batch_128_from_table_I"]}
@@ -80,7 +79,7 @@ def sam_gains_at_every_batch_size(evidence: Evidence) -> Decision:
     )
 
 
-@rule("coldenhoff-b-sam-lower-variance", roles=("sgd", "sam"), matched="epochs")
+@rule("coldenhoff-b-sam-lower-variance", roles=("sgd", "sam"), matched="epochs, at each batch size")
 def sam_varies_less_at_the_two_larger_batches(evidence: Evidence) -> Decision:
     cells = list(cells_by_size(evidence).values())
     paper = evidence.published
@@ -97,8 +96,9 @@ def sam_varies_less_at_the_two_larger_batches(evidence: Evidence) -> Decision:
     )
 
 
-@rule("coldenhoff-b-sam-mitigates-large-batch", roles=("sgd", "sam"), matched="epochs and learning rate, not updates")
+@rule("coldenhoff-b-sam-mitigates-large-batch", roles=("sgd", "sam"))
 def sam_loses_less_from_the_smallest_batch_to_the_largest(evidence: Evidence) -> Decision:
+    note(evidence, matched_over_sizes(evidence))
     cells = list(cells_by_size(evidence).values())
     ends = [cells[0], cells[-1]]
     drops = {
@@ -114,7 +114,7 @@ def sam_loses_less_from_the_smallest_batch_to_the_largest(evidence: Evidence) ->
     )
 
 
-@rule("coldenhoff-b-low-train-loss-not-better", roles=("sgd", "sam"), matched="epochs")
+@rule("coldenhoff-b-low-train-loss-not-better", roles=("sgd", "sam"), matched="epochs, at each batch size")
 def sgd_fits_better_and_generalises_worse(evidence: Evidence) -> Decision:
     """'Accuracy claim contradicted' is read as the rest of the sentence: at a majority of batch sizes."""
     cells = cells_by_size(evidence).values()
@@ -129,7 +129,7 @@ def sgd_fits_better_and_generalises_worse(evidence: Evidence) -> Decision:
     )
 
 
-@rule("coldenhoff-b-loss-curve-variance", roles=("sgd", "sam"), matched="epochs")
+@rule("coldenhoff-b-loss-curve-variance", roles=("sgd", "sam"), matched="epochs, at each batch size")
 def the_loss_curves_of_sam_lie_closer_together(evidence: Evidence) -> Decision:
     spreads = [curve_spread_ratio(evidence, cell) for cell in cells_by_size(evidence).values()]
     return decide(evidence, spreads, reproduced=most(spreads, SUPPORTS), not_reproduced=most(spreads, CONTRADICTS))
@@ -151,12 +151,23 @@ def cells_by_size(evidence: Evidence) -> dict[int, str]:
     return {int(size): cell for cell, size in sizes.sort_values().items()}
 
 
+def matched_over_sizes(evidence: Evidence) -> str:
+    """equal_budget, where batch sizes are compared with each other."""
+    epochs = evidence.rows["train.epochs"].nunique()
+    return f"matched over the batch sizes: learning rate{' and epochs, not updates' if epochs == 1 else ', not epochs'}"
+
+
+def accuracy_slope(evidence: Evidence, sizes: Mapping[int, str], role: str) -> Part:
+    points = {size: (cell, role) for size, cell in sizes.items()}
+    return slope_per_doubling(evidence, points, ACCURACY, claimed=BELOW, name="over the batch sizes")
+
+
 def adjacent_step(evidence: Evidence, smaller: str, larger: str, role: str) -> Part:
     """Accuracy of one role at a batch size minus that at the next smaller one."""
     interval = stats.paired_difference(*(scores(evidence, cell, role, ACCURACY) for cell in (larger, smaller)))
-    statistic = f"{role}, {larger} - {smaller} of {ACCURACY}, paired by seed"
+    statistic = f"{larger} - {smaller} of {ACCURACY}, paired by seed"
     trusted = can_conclude(evidence, [smaller, larger], (role,), interval.n, statistic, MIN_SEEDS)
-    return judged_part(larger, statistic, interval, trusted, BELOW, None)
+    return judged_part(role, statistic, interval, trusted, BELOW, None)
 
 
 def drop_part(evidence: Evidence, ends: Sequence[str], roles: Sequence[str], interval: stats.Interval) -> Part:
@@ -172,9 +183,10 @@ def drop_part(evidence: Evidence, ends: Sequence[str], roles: Sequence[str], int
 
 def equal_spread(evidence: Evidence, cell: str) -> Part:
     arms_of_cell = [list(scores(evidence, cell, role, ACCURACY).values()) for role in ("sam", "sgd")]
-    p = stats.brown_forsythe(*arms_of_cell)
+    n = min(map(len, arms_of_cell))
+    p = stats.brown_forsythe(*arms_of_cell) if n >= MIN_SEEDS else math.nan  # two values are equally far from a median
     statistic = f"Brown-Forsythe p, sam and sgd have the same spread of {ACCURACY}"
-    return Part(cell, statistic, p, math.nan, math.nan, min(map(len, arms_of_cell)), INFORMATION)
+    return Part(cell, statistic, p, math.nan, math.nan, n, INFORMATION)
 
 
 def curve_spread_ratio(evidence: Evidence, cell: str) -> Part:
