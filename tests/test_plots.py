@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgb
 
 from samlib import claims, experiments, plots, published, stats, store
 from samlib.errors import InputError
+from samlib.rules.conventions import OUTCOMES
 
 ACCURACY = "test_accuracy_pct"
 PAIRS = [("sam", "sgd"), ("sgd_double", "sgd")]
@@ -222,7 +223,7 @@ def test_colours_and_markers_tell_apart(deficiency, palette):
 
 
 def test_outcomes_are_those_of_the_verdicts():
-    assert tuple(plots.OUTCOMES) == claims.OUTCOMES
+    assert tuple(plots.OUTCOMES) == OUTCOMES
 
 
 def test_a_method_keeps_its_colour_and_a_variation_is_hollow():

@@ -31,8 +31,7 @@ UPDATES_RATIO = LARGE_BATCH // digits.TABLE.train.batch_size  # steps an epoch o
 EQUAL_UPDATES_SEEDS = digits.SEEDS[:5]  # dear, and decides nothing
 SHORT_FACTOR = 0.25  # of the epochs; the paper's short trainings have 20 to 50 of 200
 
-# The published optimiser: Nesterov momentum, and in every method the gradient that the update uses is clipped.
-SGD = digits.with_optim(digits.sgd("table"), nesterov=True, clip="descent", clip_norm=5.0)
+SGD = digits.sgd("table")
 
 
 def _sam(rho: float) -> RunSpec:
