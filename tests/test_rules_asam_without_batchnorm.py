@@ -329,6 +329,10 @@ def test_a_curve_with_a_gap_is_left_out():
     found, parts, reason = judge(LATE, rows)
     assert (found, parts[0].n) == (REPRODUCED, 9)
     assert "sam has no log_train_loss_slope_per_epoch@last_quarter for seeds 2" in reason
+    rows[3]["test_accuracy_pct@epoch=90"] = None
+    _, parts, reason = judge(LATE, rows)
+    assert [part.n for part in parts] == [9, 9]
+    assert "sam has no test_accuracy_pct@last_quarter for seeds 3" in reason
 
 
 # ---------------------------------------------------------------------------------------------- what is run
