@@ -7,7 +7,7 @@ batch size, as in the paper.
 import dataclasses
 from collections.abc import Mapping
 
-from samlib.experiments import Arm, digits, measure
+from samlib.experiments import Arm, digits, measure, tuning
 from samlib.spec import RunSpec
 
 TITLE = "Does a large batch hurt, and does SAM make up for it?"
@@ -38,6 +38,8 @@ DECIDES = {
     "coldenhoff-b-loss-curve-variance": {"quick": tuple(EQUAL_EPOCHS)},
 }
 
+TUNING = digits.TUNING  # of the settings that 02 and 04 to 07 share: run here, as the first of them
+
 FEW_SEEDS = digits.SEEDS[:5]  # where nothing is decided
 
 
@@ -52,6 +54,7 @@ def arms(profile: str) -> tuple[Arm, ...]:
         *comparisons(SMALL_LR_CELLS, small, FEW_SEEDS),
         *comparisons(NOISY_EPOCHS, noisy, FEW_SEEDS),
         *comparisons(_only_in(NOISY_UPDATES, NOISY_EPOCHS), noisy, FEW_SEEDS, updates_of=128),
+        *tuning.arms(TUNING),
     )
 
 
