@@ -16,7 +16,7 @@ COLUMNS = {
     "cell": "setting shared by the arms that are compared with each other",
     "role": "name of the arm in the decision rules",
     "seed": "seed of the data split, the noise, the initial weights and the order of the batches; "
-    "of a check: of every random number in it",
+    "of a check: of every random number in it; of a path: of the run it starts at, of t and of the batches of its bend",
     "split_seed": "seed of the data split and the noise, where it is not that of the run: a second run on its images",
     "key": "hash of the spec; the record is records/<key>.json",
     "status": "done, diverged (loss or weights not finite), failed, stale (made by older code) or missing",
@@ -57,6 +57,18 @@ COLUMNS = {
     "first_layer_kurtosis:range": "largest minus smallest of those weights, in standard deviations of them",
     "first_layer_kurtosis:sd": "standard deviation of those weights",
     "first_layer_kurtosis:weights": "number of those weights",
+    # paths between two trained models
+    "start": "key of the run whose model a path starts at",
+    "end": "key of the run whose model it ends at, a second run on the same images; with path.end = random that of the "
+    "model at which the bend begins",
+    "train_loss_barrier": "highest mean cross entropy of the training images at the points inside the path, minus that "
+    "at the higher of its two ends; eval mode, batch-norm statistics taken anew at every point [nat]",
+    "train_error_barrier_pct": "the same of the share of wrong answers on the training images [points]",
+    "test_loss_barrier": "the same of the mean cross entropy of the test images [nat]",
+    "test_error_barrier_pct": "the same of the share of wrong answers on the test images [points]",
+    "end_x": "Euclidean distance from the start to the end of a path: the end is (end_x, 0) in the plane of its chain",
+    "bend_x": "coordinate of the bend along the line from the start to the end",
+    "bend_y": "distance of the bend from that line",
     # exact checks: settings
     "check": "name of the exact check in samlib.checks",
     "p": "setting of dual_norm: exponent of the norm of the ball ||eps||_p <= rho, above 1; inf is the largest entry",

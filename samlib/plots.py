@@ -425,7 +425,7 @@ def plane(table: pd.DataFrame, nodes: Mapping[str, tuple[float, float]]) -> Figu
         return _nothing_yet()
     _need(table, ("x", "y", "train_loss", "test_loss"))
     wide, high = (np.ptp(table[axis]) for axis in ("x", "y"))
-    size = (WIDTH, 1.6 + 0.45 * WIDTH * high / wide)
+    size = (WIDTH, min(5.0, 1.6 + 0.45 * WIDTH * high / wide))
     figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained", sharex=True, sharey=True)
     for axes, metric in zip(panels, ("train_loss", "test_loss"), strict=True):
         _contours(axes, table, metric)
@@ -779,7 +779,7 @@ def _contours(axes: Axes, table: pd.DataFrame, metric: str) -> None:
     levels = np.geomspace(max(low, 1e-6), high, 13)
     looks = {"levels": levels, "norm": LogNorm(levels[0], levels[-1]), "cmap": "cividis_r", "extend": "both"}
     filled = axes.contourf(places.columns, places.index, places, **looks)
-    axes.figure.colorbar(filled, ax=axes, location="bottom", format="%.1g", ticks=levels[::4], label=METRICS[metric])
+    axes.figure.colorbar(filled, ax=axes, location="bottom", format="%.2g", ticks=levels[::4], label=METRICS[metric])
     axes.set_title(METRICS[metric].partition(" (")[0])
     axes.set_aspect("equal")
     axes.grid(visible=False)

@@ -9,7 +9,7 @@ from samlib import checks, experiments
 from samlib import spec as specs_of
 from samlib.errors import InputError
 from samlib.export import COLUMNS, EPOCHS, describe, export
-from samlib.spec import CHECKS, MeasureSpec, RunSpec
+from samlib.spec import CHECKS, ConnectSpec, MeasureSpec, RunSpec
 from samlib.store import Record, Store, open_store
 
 
@@ -28,9 +28,10 @@ def entry_of(column):
 
 
 def test_every_exported_column_has_an_entry_of_its_own(tables):
-    columns = {column for name in ("runs", "checks", "history") for column in tables[name].columns}
+    columns = {column for name in ("runs", "paths", "checks", "history") for column in tables[name].columns}
     meanings = tables["columns"].set_index("column")["meaning"]
-    fields = {name: doc for name, doc in specs_of.documentation(RunSpec).items() if "." in name}
+    documented = specs_of.documentation(RunSpec) | specs_of.documentation(ConnectSpec)
+    fields = {name: doc for name, doc in documented.items() if "." in name}
     assert set(meanings.index) == columns
     for column in columns:
         assert meanings[column].startswith({**COLUMNS, **fields}[entry_of(column)]) or column.startswith("epoch@")

@@ -218,7 +218,7 @@ def test_the_pairs_are_those_of_the_claim():
 def test_cells_differ_in_what_their_name_says_alone():
     chain = specs_of.flat(by_name()["chain", "sam_to_sgd"].specs[0])
     for cell, fields in (
-        ("line", {"path.shape", "path.lr"}),
+        ("line", {"path.shape"}),
         ("as published", {"path.test_labels", "path.end"}),
         ("plane", {"path.grid"}),
         ("plane as published", {"path.grid", "path.test_labels", "path.end"}),

@@ -20,7 +20,15 @@ from samlib import spec as specs_of
 from samlib.errors import InputError
 from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, PathSpec, RunSpec, Spec
 
-STEMS = ("sam_by_hand", "sam_vs_sgd", "batch_size", "asam_without_batchnorm", "msam_sweep", "optimizer_table")
+STEMS = (
+    "sam_by_hand",
+    "sam_vs_sgd",
+    "batch_size",
+    "asam_without_batchnorm",
+    "msam_sweep",
+    "mode_connectivity",
+    "optimizer_table",
+)
 PROFILES = ("quick", "gpu", "paper")
 
 

@@ -46,7 +46,7 @@ def arms(profile: str) -> tuple[Arm, ...]:
         SGD,
         LARGE,
         *pairs(CHAIN, path(lr=LR)),
-        *pairs(LINE, path(shape="line")),
+        *pairs(LINE, path(shape="line", lr=LR)),
         *pairs(PUBLISHED, path(lr=LR, test_labels="shifted", end="random"), first),  # E-B4 and E-B5
         *pairs(EQUAL_UPDATES, path(lr=LR), equal_updates(), optimizer_table.EQUAL_UPDATES_SEEDS),
         *pairs(PLANE, path(lr=LR, grid=GRID), first, PLANE_SEEDS),
