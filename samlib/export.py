@@ -51,6 +51,13 @@ COLUMNS = {
     "at once; negative where the loss falls along its own gradient [nat]",
     "adversarial_sharpness:perturbed_loss": "the loss at w + eps, at the end of that ascent [nat]",
     "adversarial_sharpness:loss": "the loss at w, from which adversarial_sharpness rises [nat]",
+    "asymmetry_factor": "mean over random directions u of min / max of the two changes of the mean cross entropy from "
+    "w to w + mu u and to w - mu u, of the training images with the labels trained on, eval mode, mu = 5 and 30 "
+    "directions of length 1 with entries uniform on [0, 1]; negative or above 1 where a change is negative",
+    "asymmetry_factor:no_minimum": "share of those directions along which one of the two changes is 0 or less",
+    "asymmetry_factor:rise_plus": "change of that loss from w to w + 0.4 mu u along the first direction [nat]",
+    "asymmetry_factor:rise_minus": "change of that loss from w to w - 0.4 mu u along the first direction [nat]",
+    "asymmetry_factor:weight_norm": "Euclidean norm of all weights together",
     "first_layer_kurtosis": "excess kurtosis of the weights of the first layer, its bias left out, corrected for the "
     "number of weights; 0 for normal weights, -1.2 for uniform ones, above 0 for heavier tails",
     "first_layer_kurtosis:quantile_ratio": "99.5 % quantile of the absolute values of those weights, over the 75 % one",

@@ -19,7 +19,7 @@ from samlib.experiments.tuning import Choice
 from samlib.rules import RULES
 from samlib.rules.conventions import INFORMATION, Part
 from samlib.stats import Interval
-from samlib.study import Study
+from samlib.study import Study, spec_fields
 
 PAGE_WIDTH = 84  # characters of a line of code or of printed text on a page of the book
 
@@ -179,6 +179,16 @@ def without_minimum(study: Study, columns: Mapping[tuple[str, str], str]) -> pd.
     return pd.DataFrame(found).map(number).rename_axis("mu")
 
 
+def rises(study: Study, column: str, roles: Sequence[str]) -> pd.DataFrame:
+    """Rise of the loss along one direction to its two sides, mean over seeds: one row per mu, a pair for each role."""
+    tables = study.tables(column, roles=roles)
+    if tables.empty:
+        return pd.DataFrame()
+    found = tables.groupby(["mu", "role"], sort=True)[["rise_plus", "rise_minus"]].mean().map(number)
+    wide = found.unstack("role").swaplevel(axis="columns").reindex(columns=roles, level=0)
+    return wide.rename(columns={role: name(role) for role in roles})
+
+
 def settings(study: Study, **pick: Sequence[str]) -> pd.DataFrame:
     """What was run, one row per arm, with the fields in which the arms differ by their short names."""
     table = study.settings(**pick)
@@ -192,7 +202,7 @@ def settings(study: Study, **pick: Sequence[str]) -> pd.DataFrame:
 def common_settings(study: Study, **pick: Sequence[str]) -> str:
     """The fields in which all these arms agree."""
     frame = study.frame(**pick)
-    fields = [field for field in frame.columns if "." in field and frame[field].nunique(dropna=False) == 1]
+    fields = [field for field in spec_fields(frame) if frame[field].nunique(dropna=False) == 1]
     return textwrap.fill(", ".join(f"{field} = {frame[field].iloc[0]}" for field in fields), PAGE_WIDTH)
 
 

@@ -54,12 +54,17 @@ class Study:
     def settings(self, cells: Sequence[str] | None = None, roles: Sequence[str] | None = None) -> pd.DataFrame:
         """What was run, one row per arm: the fields in which arms differ, and how many seeds have a finished record."""
         frame = self.frame(cells, roles)
-        fields = [name for name in frame.columns if "." in name and frame[name].nunique(dropna=False) > 1]
+        fields = [name for name in spec_fields(frame) if frame[name].nunique(dropna=False) > 1]
         rows = frame.groupby(["cell", "role"], sort=False)
         table = rows[fields].first().astype(object)
         table["seeds"] = rows["seed"].nunique()
         table["finished"] = rows["status"].agg(lambda statuses: (statuses == "done").sum())
         return table
+
+
+def spec_fields(frame: pd.DataFrame) -> list[str]:
+    """The columns that are fields of a spec, by their dotted names; a measure's column may hold a dot in a number."""
+    return [name for name in frame.columns if "." in name and "@" not in name]
 
 
 def open_study(

@@ -1,5 +1,6 @@
 """The figures of 05: means and intervals where the frame has them; and the tables behind them, from made-up records."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -153,6 +154,7 @@ def study(tmp_path):
             store.save(Record(specs_of.key(member), specs_of.canonical(member), "done", final=final))
             (spec,) = arm.measures_of(member)
             table = {"mu": [1.0, 2.0], "asymmetry_factor": [rho, 1 - rho], "no_minimum": [0.5, rho]}
+            table |= {"rise_plus": [member.seed, rho], "rise_minus": [-rho, 2.0]}
             store.save(Record(specs_of.key(spec), specs_of.canonical(spec), "done", measures={}, table=table))
     return Study("asymmetry", "quick", store, arms, varied=True)
 
@@ -185,7 +187,25 @@ def test_shares_without_a_minimum_are_means_over_models(study):
     assert found.iloc[:, 0].tolist() == ["0.5000", "0.2500"]
 
 
+def test_a_measure_with_a_dot_in_a_setting_is_no_setting_of_the_runs(study):
+    arms = tuple(dataclasses.replace(arm, measures=(measure("asymmetry_factor", mu=7.5),)) for arm in study.arms)
+    varied = dataclasses.replace(study, arms=arms)
+    assert "asymmetry_factor@mu=7.5" in varied.frame()
+    assert list(varied.settings().columns) == ["optim.rho", "seeds", "finished"]
+    assert "mu=7.5" not in report.common_settings(varied)
+
+
+def test_rises_are_means_over_seeds_to_both_sides(study):
+    found = report.rises(study, "asymmetry_factor", ["sam rho=0.3", "sam rho=0.1"])
+    assert list(found.columns) == [
+        (f"SAM, rho={rho}", side) for rho in (0.3, 0.1) for side in ("rise_plus", "rise_minus")
+    ]
+    assert found.loc[1.0].tolist() == ["1.000", "-0.3000", "1.000", "-0.1000"]
+    assert found.loc[2.0].tolist() == ["0.3000", "2.000", "0.1000", "2.000"]
+
+
 def test_without_records_the_tables_are_empty(tmp_path, study):
     bare = Study("asymmetry", "quick", Store(tmp_path / "none"), study.arms, varied=True)
     assert report.correlations_by_mu(bare, COLUMNS).empty
     assert report.without_minimum(bare, COLUMNS).empty
+    assert report.rises(bare, "asymmetry_factor", ["sam rho=0.1"]).empty

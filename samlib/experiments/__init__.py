@@ -26,6 +26,7 @@ STEMS = (
     "batch_size",
     "asam_without_batchnorm",
     "msam_sweep",
+    "asymmetry",
     "mode_connectivity",
     "optimizer_table",
 )

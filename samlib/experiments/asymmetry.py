@@ -31,8 +31,8 @@ DECIDES = {
 # has a part in that choice.
 PUBLISHED_MU = 5.0
 MU_GRID = (2.5, 3.5, 5.0, 7.0, 10.0, 14.0, 20.0)
-MU = 10.0
-FILTER_MU = 0.7  # the share of the weights' length that MU is in those models, to one digit
+MU = 7.0
+FILTER_MU = 0.5  # the share of the weights' length that MU is in those models, to one digit
 GUESS = math.log(10)
 
 DIRECTIONS = 8  # the published 30 are nearly one direction (E-B7), and the normal ones agree in so many dimensions

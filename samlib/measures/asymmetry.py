@@ -13,7 +13,7 @@ Direction = list[Tensor]  # one tensor per weight
 
 # The study takes the factor at these multiples of its mu, since what it says turns with mu (errata E-B8); SLICE is
 # where the rise along one direction is read: the paper has mu = 5 for the factor and looks at +-2 in Figure 6.
-MULTIPLES = (0.03, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.4)
+MULTIPLES = (0.04, 0.1, 0.2, 0.4, 0.7, 1.0, 1.4, 2.0)
 SLICE = 0.4
 
 

@@ -5,6 +5,7 @@ RULES: claim id -> its rule, a function of the frame of an experiment and of whe
 
 from samlib.rules import (
     asam_without_batchnorm,
+    asymmetry,
     batch_size,
     mode_connectivity,
     msam_sweep,
@@ -17,6 +18,7 @@ from samlib.rules.conventions import RULES
 __all__ = [
     "RULES",
     "asam_without_batchnorm",
+    "asymmetry",
     "batch_size",
     "mode_connectivity",
     "msam_sweep",

@@ -125,7 +125,7 @@ def test_loss_is_constant_where_the_factor_is_not(evidence: Evidence) -> Decisio
 
 @rule("boca-fig6-two-groups-by-batch", roles=(*SMALL, *LARGE), matched="epochs")
 def large_batch_models_are_sharper(evidence: Evidence) -> Decision:
-    note(evidence, "confound: the large batch makes fewer updates, which decay the weights less (E-B11)")
+    note(evidence, "confound: the large batch makes fewer updates, and the length of its weights differs (E-B11)")
     apart, together, beside = [], [], []
     for cell in evidence.cells:
         times = 1 if evidence.miniature else 5
