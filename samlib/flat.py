@@ -31,6 +31,8 @@ ELEMENTWISE = {
 
 State = dict[Tensor, dict[str, Any]]
 
+_is_trained = operator.attrgetter("requires_grad")
+
 
 class DifferentStatesError(Exception):
     """The parameters of a bucket differ in what they should have in common."""
@@ -64,12 +66,12 @@ class Bucket:
         self.flat = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
         self._gradient = torch.zeros(size, dtype=dtype, device=device)
         self._gradient_views = self.views(self._gradient)
-        self._gradient_addresses = [view.data_ptr() for view in self._gradient_views]
+        self._gradient_addresses = _addresses(self._gradient_views)
         self._handed_out = self.views(self._gradient)  # others may do with these as they like
         self.shown = False  # by the last pass: whether the parameters' gradients are these views
         for tensor, view in zip(tensors, self.views(self.flat.data), strict=True):
             tensor.data = view.copy_(tensor.data)
-        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._addresses = _addresses(tensors)
 
     def views(self, long: Tensor) -> list[Tensor]:
         """The parts of a tensor like `flat` that belong to the parameters, with their shapes and strides."""
@@ -81,9 +83,7 @@ class Bucket:
     def holds(self) -> bool:
         """Whether the parameters still are views of `flat`, all of them trained: a model that was moved or converted
         has new data."""
-        return [tensor.data_ptr() for tensor in self.tensors] == self._addresses and all(
-            tensor.requires_grad for tensor in self.tensors
-        )
+        return _addresses(self.tensors) == self._addresses and all(map(_is_trained, self.tensors))
 
     def gather(self) -> bool:
         """Brings the parameters' gradients together in `flat.grad`; None if no parameter has one.
@@ -116,7 +116,10 @@ class Bucket:
 
     def clear(self) -> None:
         """Sets the gradients to zero, as views of `flat.grad`."""
-        self._gradient.zero_()
+        if torch.compiler.is_compiling():  # as a function of the gradient, which the loop that read it can then write
+            self._gradient.copy_(torch.where(self._gradient > 0, 0.0, 0.0))
+        else:
+            self._gradient.zero_()
         # A walk over many tensors costs more than all the rest. The last pass has looked at each, so now one will do.
         first = self.tensors[0].grad
         if not (self.shown and first is self._handed_out[0] and _is_at(first, self._gradient_addresses[0])):
@@ -131,10 +134,10 @@ class Bucket:
         if not all(map(operator.is_, grads, self._handed_out)):
             return False
         # the data of a gradient may have been exchanged; torch.compile cannot look at addresses
-        return torch.compiler.is_compiling() or [grad.data_ptr() for grad in grads] == self._gradient_addresses
+        return torch.compiler.is_compiling() or _addresses(grads) == self._gradient_addresses
 
     def _show(self) -> None:
-        if [view.data_ptr() for view in self._handed_out] != self._gradient_addresses:
+        if _addresses(self._handed_out) != self._gradient_addresses:
             self._handed_out = self.views(self._gradient)
         for tensor, view in zip(self.tensors, self._handed_out, strict=True):
             tensor.grad = view
@@ -350,6 +353,11 @@ def _equal(value: Any, other: Any) -> bool:
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         return torch.equal(value, other)
     return type(value) is type(other) and value == other
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    # A step asks for those of all parameters three times. On many small ones that counts, and `map` is quicker.
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _is_at(tensor: Tensor, address: int) -> bool:

@@ -1205,6 +1205,8 @@ def _rewinder(device: torch.device | None) -> Callable[[], None]:
 
 def _found_inf(tensors: Sequence[Tensor], one: Tensor) -> Tensor:
     """1.0 if an entry is not finite, else 0.0, as GradScaler keeps it; in one pass without temporaries."""
+    if torch.compiler.is_compiling():  # torch would copy the gradients for the operation below
+        return torch.stack([tensor.isfinite().logical_not().any() for tensor in tensors]).any().to(one.dtype)
     found = torch.zeros_like(one)
     for dtype in {tensor.dtype for tensor in tensors}:
         alike = [tensor for tensor in tensors if tensor.dtype == dtype]

@@ -536,6 +536,39 @@ def test_both_halves_of_a_step_compile_without_a_break_and_once(cls, flat, base,
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_compiled_halves_clear_and_count_like_eager_ones(flat):
+    """With `flat` the clearing is part of the compiled code; torch's own zero_grad breaks a graph."""
+    torch.compiler.reset()
+    models = [network(), network()]
+    opts = [SAM(model.parameters(), SGD, lr=torch.tensor(0.1), momentum=0.9, flat=flat) for model in models]
+
+    def cleared(opt, half):
+        def both():
+            half()
+            if flat:
+                opt.zero_grad(set_to_none=False)
+
+        return both
+
+    eager, own = ([cleared(opt, half) for half in (opt.first_step, opt.second_step)] for opt in opts)
+    compiled = [torch.compile(half, fullgraph=True, backend="eager") for half in own]
+    for step in range(6):
+        for opt, model, halves in zip(opts, models, [eager, own if step == 0 else compiled], strict=True):
+            for half in halves:
+                closure_of(opt, model, step, set_to_none=not flat)()
+                half()
+                assert not flat or not any(w.grad.any() for w in model.parameters())
+    close(models[1].parameters(), models[0].parameters(), 1e-9)
+    assert opts[1].skipped_steps == 0
+    for half in compiled:
+        closure_of(opts[1], models[1], 6, set_to_none=not flat)()
+        next(models[1].parameters()).grad.view(-1)[2] = float("inf")
+        half()
+    assert opts[1].skipped_steps == 1
+    torch.compiler.reset()
+
+
 # ------------------------------------------------------------------------------- what others may do with views of ours
 
 
