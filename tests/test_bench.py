@@ -277,7 +277,12 @@ def test_the_goals_are_those_of_the_issue():
         ("mlp", "MLP-404", plan.SGD, 1.55),
         *(("mlp", "MLP-404", peer, 0.70) for peer in peers),
         ("mlp-compiled", "MLP-404", plan.SGD, 1.30),
-        *(("bookkeeping", network, peer, 0.45) for network in networks for peer in peers),
+        *(
+            (section, network, peer, 0.45)
+            for section in ("bookkeeping", "bookkeeping-compiled")
+            for network in networks
+            for peer in peers
+        ),
     }
     msam = [
         one
@@ -287,6 +292,7 @@ def test_the_goals_are_those_of_the_issue():
     ]
     assert {one.variant: one.goal for one in msam if one.goal} == {
         "mSAM, 4 shards": 1.10,
+        "mSAM, 4 shards, sequential compiled": 1.10,
         "mSAM, 8 shards": 1.5,
         "mSAM, 16 shards": 1.5,
         "mSAM, 16 shards, vmap compiled": 1.15,
@@ -321,6 +327,19 @@ def test_what_is_called_flat_is_flat(case):
         built = variants.build(name, case, CPU, torch.float32)
         protocol.update(built)
         assert len({p.untyped_storage().data_ptr() for p in built.params}) == (storages or len(built.params))
+
+
+@pytest.mark.parametrize("name", [plan.COMPILED_OURS, plan.COMPILED_PEER])
+def test_what_is_called_compiled_is_compiled_after_the_first_step(monkeypatch, name):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda half, **_: lambda: compiled.append(half) or half())
+    built, plain = (variants.build(one, BOOKKEEPING_CASE, CPU, torch.float64) for one in (name, plan.PLAIN))
+    protocol.update(built, 1)
+    assert not compiled
+    protocol.update(plain, 1)
+    found, expected = (protocol.update(one, 3) for one in (built, plain))
+    assert len(compiled) == 2 * 3
+    assert protocol.difference(found, expected) <= variants.VARIANTS[name].tolerance
 
 
 def test_on_a_gpu_a_reading_is_of_a_block_of_steps():

@@ -81,7 +81,7 @@ class Ratio(NamedTuple):
 
 
 def update(built: Built, steps: int = 2) -> Tensor:
-    """What some steps change, all tensors in one. Momentum acts from the second step on, so there are two."""
+    """What some steps change, all tensors in one. Momentum acts from the second step on, so there are two at least."""
     before = _flat(built.params)
     for _ in range(steps):
         built.run(Stopwatch(before.device))

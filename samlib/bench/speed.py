@@ -23,6 +23,7 @@ from samlib.bench.protocol import NotEqualError, Times, difference, paired_ratio
 from samlib.provenance import environment
 
 CHECK_BATCH = 16  # examples at most in the check of equality: one in each of 16 shards
+CHECK_STEPS = {"step": 2, "bookkeeping": 4}  # what is compiled is so in the second step, and for good in the third
 
 
 def main(order: Mapping[str, Any]) -> int:
@@ -72,9 +73,9 @@ def measure(case: plan.Case, device: torch.device, process: int, found: dict[str
 
 
 def checks(case: plan.Case, device: torch.device, progress: Callable) -> list[dict[str, Any]]:
-    """Two steps in float64 of every variant beside those of the one it must equal; baselines equal themselves."""
-    small = replace(case, batch=min(case.batch, CHECK_BATCH))
-    update = cache(lambda name: protocol.update(variants.build(name, small, device, torch.float64)))
+    """A few steps in float64 of every variant beside those of the one it must equal; baselines equal themselves."""
+    small, steps = replace(case, batch=min(case.batch, CHECK_BATCH)), CHECK_STEPS[case.kind]
+    update = cache(lambda name: protocol.update(variants.build(name, small, device, torch.float64), steps))
     return [check(name, case, update) for name in progress(case.timed) if variants.VARIANTS[name].like != name]
 
 

@@ -69,10 +69,52 @@ class FusedSGD(torch.optim.SGD):
             group["foreach"] = foreach
 
 
+class CompiledSAM:
+    """Our two halves through torch.compile, each with the clearing of the gradients at its end.
+
+    The first step is eager, since it makes the momentum. SGD comes without its fused kernel, which would be a pass over
+    memory of its own: compiled, the update and the way back are one. `lr` is a tensor, as a schedule needs it.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        lr = torch.tensor(SETTINGS["lr"], dtype=torch.float64)
+        optimizer = SAM(params, torch.optim.SGD, rho=RHO, flat=True, **{**SETTINGS, "lr": lr})
+
+        def first_step() -> None:
+            optimizer.first_step()
+            clear(optimizer)
+
+        def second_step() -> None:
+            optimizer.second_step()
+            clear(optimizer)
+
+        self._halves = [first_step, second_step]
+        self._compiled = [torch.compile(half, fullgraph=True) for half in self._halves]
+
+    def first_step(self) -> None:
+        self._halves[0]()
+
+    def second_step(self) -> None:
+        self._halves[1]()
+        self._halves = self._compiled
+
+    def zero_grad(self) -> None:
+        """Done already."""
+
+
+class CompiledPeer(PeerSAM):
+    """pytorch_optimizer's two halves through torch.compile, likewise from the second step on."""
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        super().second_step(zero_grad)
+        self.first_step, self.second_step = torch.compile(super().first_step), torch.compile(super().second_step)
+
+
 # ---------------------------------------------------------------------------------------------- the optimisers
 
 _sam = partial(SAM, base_optimizer=torch.optim.SGD, rho=RHO, fused=True, **SETTINGS)
-_peer = partial(PeerSAM, rho=RHO, foreach=True, **SETTINGS)
+_peer_settings = {"rho": RHO, "foreach": True, **SETTINGS}
+_peer = partial(PeerSAM, **_peer_settings)
 
 # Each has first_step and second_step. Bookkeeping is timed on these.
 OPTIMIZERS: dict[str, Callable] = {
@@ -82,6 +124,8 @@ OPTIMIZERS: dict[str, Callable] = {
     plan.FOREACH: _sam,
     plan.FLAT: partial(_sam, flat=True),
     plan.AGAIN: partial(_sam, flat=True),
+    plan.COMPILED_OURS: CompiledSAM,
+    plan.COMPILED_PEER: partial(CompiledPeer, base_optimizer=torch.optim.SGD, **_peer_settings),
 }
 
 
@@ -203,14 +247,17 @@ def plain_name(num_shards: int) -> str:
 def _msam_variants(num_shards: int) -> dict[str, Variant]:
     plain = plain_name(num_shards)
     ways = {"": {}, "sequential": {"vectorize": False}, "vmap": {"vectorize": True}}
-    compiled = partial(msam, num_shards=num_shards, vectorize=True, compile=True)
+    compiled = partial(msam, num_shards=num_shards, compile=True)
     return {
         plain: Variant(partial(plain_msam, num_shards=num_shards), plain),
         **{
             plan.msam(num_shards, way): Variant(partial(msam, num_shards=num_shards, **ways[way]), plain)
             for way in ways
         },
-        plan.msam(num_shards, "vmap compiled"): Variant(compiled, plain, COMPILED_TOLERANCE),
+        **{
+            plan.msam(num_shards, f"{way} compiled"): Variant(partial(compiled, **ways[way]), plain, COMPILED_TOLERANCE)
+            for way in ("sequential", "vmap")
+        },
     }
 
 
@@ -224,6 +271,8 @@ VARIANTS: dict[str, Variant] = {
     plan.FOREACH: Variant(partial(with_closure, name=plan.FOREACH), plan.PLAIN),
     plan.FLAT: Variant(partial(with_closure, name=plan.FLAT), plan.PLAIN),
     plan.AGAIN: Variant(partial(with_closure, name=plan.AGAIN), plan.PLAIN),
+    plan.COMPILED_OURS: Variant(partial(two_step, name=plan.COMPILED_OURS), plan.PLAIN),
+    plan.COMPILED_PEER: Variant(partial(two_step, name=plan.COMPILED_PEER), plan.PLAIN, PEER_TOLERANCE),
     plan.FLOOR + plan.COMPILED: Variant(floor, None, compiled=True),
     plan.SGD + plan.COMPILED: Variant(sgd, plan.SGD, COMPILED_TOLERANCE, compiled=True),
     plan.OURS + plan.COMPILED: Variant(
