@@ -248,7 +248,7 @@ def test_every_role_of_a_trained_experiment_has_a_look():
         ("test_accuracy_pct", "test accuracy (%)"),
         ("test_accuracy_pct@best_test", "test accuracy (%), best test epoch"),
         ("lambda_max", "lambda_max, top Hessian eigenvalue"),
-        ("asymmetry_factor", "asymmetry_factor"),
+        ("hessian_trace", "hessian_trace"),
     ],
 )
 def test_axis_labels(metric, label):
