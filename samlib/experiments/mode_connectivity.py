@@ -6,7 +6,8 @@ noisy setting has no chain: under wrong labels the bend lowers the training loss
 
 The settings of the chain were fixed before any test loss along a chain had been seen: 400 steps of 64 images, the l2
 term of the trainings, and of the learning rates 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6 and 3.2 the one with the
-lowest training barrier, in the worst of the four pairs on the worst of the dev seeds 100 to 103.
+lowest training barrier, in the worst of the four pairs on the worst of the dev seeds 100 to 103. The learning rate of
+the models was halved later; the same trials again took the same value.
 """
 
 from collections.abc import Mapping
