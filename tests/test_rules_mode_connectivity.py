@@ -166,6 +166,18 @@ def test_a_diverged_chain_leaves_no_conclusion(role, test):
     assert f"chain: {role} diverged for 1 of 4 seeds (3)" in reason
 
 
+@pytest.mark.parametrize("role", NAMED)
+def test_a_diverged_line_leaves_nothing_to_compare_its_chain_with(role):
+    """At the published scale the line decides nothing."""
+    rows = [
+        row | ({"status": "diverged"} if (row["cell"], row["role"], row["seed"]) == ("line", role, 3) else {})
+        for row in frame()
+    ]
+    assert outcome(rows) == INCONCLUSIVE
+    assert f"line: {role} diverged for 1 of 4 seeds (3)" in judge(rows)[2]
+    assert outcome(rows, FULL) == REPRODUCED
+
+
 def test_a_record_without_the_number_is_left_out_and_said():
     rows = frame()
     rows[3]["test_error_barrier_pct"] = math.nan

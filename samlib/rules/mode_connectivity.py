@@ -59,9 +59,9 @@ def for_named(part_of: Callable[[str], Part]) -> list[Part]:
 
 def chain_is_low(evidence: Evidence, role: str) -> Part:
     """The training barrier of the chain, or in a miniature what the straight line has more of it."""
-    return (
-        less_than_the_line(evidence, role) if evidence.miniature else barrier(evidence, role, TRAINING, LOW_LOSS, BELOW)
-    )
+    if evidence.miniature:
+        return less_than_the_line(evidence, role)
+    return barrier(evidence, role, TRAINING, LOW_LOSS, BELOW)
 
 
 def barrier(evidence: Evidence, role: str, metric: str, threshold: float, claimed: str) -> Part:
