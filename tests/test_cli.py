@@ -24,8 +24,9 @@ ARMS = (
 @pytest.fixture
 def study(monkeypatch, tmp_path):
     """A study of seven runs in a folder of its own."""
+    for stem in experiments.STEMS:
+        monkeypatch.setattr(f"samlib.experiments.{stem}.arms", lambda profile: ())
     monkeypatch.setattr("samlib.experiments.sam_vs_sgd.arms", lambda profile: ARMS if profile == "quick" else ())
-    monkeypatch.setattr("samlib.experiments.sam_by_hand.arms", lambda profile: ())
     monkeypatch.setenv("SAMLIB_ROOT", str(tmp_path))
     return tmp_path
 
