@@ -73,7 +73,7 @@ PAIRS = {  # of models that a path joins; hollow: a control
 PATHS = {  # cell -> how what lies along a path of it looks
     "chain": Style("chain with one bend", "#0072B2", "o"),
     "line": Style("straight line", "#E69F00", "s", varied=True),
-    "equal updates": Style("chain, large batch with equal updates", "#009E73", "^"),
+    "equal epochs": Style("chain, large batch with equal epochs", "#009E73", "^", varied=True),
     "as published": Style("chain as published", "#D55E00", "X", varied=True),
 }
 OUTCOMES = {
