@@ -68,4 +68,3 @@ def pairs(
     seeds: tuple[int, ...] = digits.SEEDS,
 ) -> tuple[Pair, ...]:
     return tuple(Pair(role, cell, template, seeds, start=start, end=end) for role, (start, end) in joined.items())
-
