@@ -28,7 +28,7 @@ MEASURES = (measure("lambda_max"), measure("adversarial_sharpness"))
 # optimiser of coldenhoff2022 (no momentum, constant rate), the others that of foret2021 (momentum, cosine).
 NOISY = RunSpec(
     data=DataSpec("digits", train_size=600, validation_size=200, label_noise=0.4),
-    train=TrainSpec(epochs=40, batch_size=128),
+    train=TrainSpec(epochs=40, batch_size=128, eval_every=2),
 )
 CLEAN = dataclasses.replace(
     NOISY,
