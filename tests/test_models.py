@@ -137,3 +137,11 @@ def test_the_shortcut_of_option_a_has_no_weights_and_keeps_every_second_pixel():
     assert torch.equal(shortcut[:, :16], x[:, :, ::2, ::2])
     assert shortcut.shape == (2, 32, 4, 4)
     assert not shortcut[:, 16:].any()
+
+
+def test_the_pool_is_that_of_pytorch():
+    model = build()
+    (pool,) = (module for module in model if isinstance(module, torch.nn.AdaptiveAvgPool2d))
+    for size in (2, 3, 8):
+        x = torch.randn(2, 3, size, size)
+        assert torch.equal(pool(x), torch.nn.functional.adaptive_avg_pool2d(x, 2))
