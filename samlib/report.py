@@ -193,7 +193,7 @@ def settings(study: Study, **pick: Sequence[str]) -> pd.DataFrame:
     """What was run, one row per arm, with the fields in which the arms differ by their short names."""
     table = study.settings(**pick)
     table.index = pd.Index([f"{cell}: {name(role)}" for cell, role in table.index], name="arm")
-    if "optim.rho" in table:
+    if {"optim.rho", "optim.method"} <= set(table):
         table["optim.rho"] = table["optim.rho"].where(table["optim.method"] != "sgd", "")  # SGD has no radius
     table.columns = [field.split(".")[-1] for field in table.columns]
     return table.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))

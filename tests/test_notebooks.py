@@ -246,3 +246,9 @@ def test_the_text_of_the_tuning_holds_the_rule_and_its_numbers():
 def test_a_choice_without_records_is_missing(tmp_path):
     empty = dataclasses.replace(open_study("sam_vs_sgd"), store=Store(tmp_path))
     assert "best by its worst seed missing" in report.tuning_text(empty, sam_vs_sgd.TUNING[:1])
+
+
+def test_arms_that_differ_in_rho_alone_have_a_table():
+    table = report.settings(open_study("asymmetry"), roles=["sam rho=0.05", "sam rho=0.1"])
+    assert table["rho"].tolist() == ["0.05", "0.1"]
+    assert "method" not in table
