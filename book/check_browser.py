@@ -37,6 +37,7 @@ CONSOLE = re.compile(r":CONSOLE[^\]]*\] (.*)")
 HARMLESS = (
     '"[PST]: Changed to ',
     '"[PST]: Set focus on ',
+    '"[PST]: Scrolled sidebar ',
     '"[togglebutton]: Adding ',
 )  # the theme telling what it does
 OWN = "not an origin"
