@@ -4,6 +4,7 @@ What is finished is on disk at once, so a sweep can be stopped anywhere (Ctrl-C,
 on. PyTorch is imported only when something has to run.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -233,19 +234,26 @@ def _single_threaded_children() -> Iterator[None]:
 
 
 def work(spec: Spec) -> float:
-    """Rough cost of a run in image passes (forward and backward), for the estimate of the time left."""
+    """Rough cost of a run in images that the small CNN passes forward and backward, for the estimate of the time left.
+
+    A pass of a shard costs as much as 30 images before it sees any; a tenth of an image is one to the MLP.
+    """
     match spec:
         case RunSpec():
+            small = spec.model.name == "mlp"
             passes = 1 if spec.optim.method in ("sgd", "average_sam") else 2
             images = spec.data.train_size or 50_000
-            return spec.train.epochs * images * passes
+            shards = specs_of.num_shards(spec) * spec.train.epochs * math.ceil(images / spec.train.batch_size)
+            evaluations = spec.train.epochs / spec.train.eval_every
+            trained = 30 * shards + spec.train.epochs * images * (0.1 if small else 1)
+            return passes * trained + evaluations * (100 if small else 400)
         case MeasureSpec():
-            return 5_000
+            return 3_000
         case ConnectSpec():
-            trained = spec.path.steps * spec.path.batch_size if spec.path.shape == "bend" else 0
-            return trained + 500 * (spec.path.grid**2 if spec.path.grid else spec.path.points)
+            trained = 50 * spec.path.steps if spec.path.shape == "bend" else 0
+            return trained + 150 * (spec.path.grid**2 if spec.path.grid else spec.path.points)
         case CheckSpec():
-            return 5_000
+            return 15_000
 
 
 @contextmanager
