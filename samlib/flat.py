@@ -120,11 +120,8 @@ class Bucket:
             self._gradient.copy_(torch.where(self._gradient > 0, 0.0, 0.0))
         else:
             self._gradient.zero_()
-        # A walk over many tensors costs more than all the rest. The last pass has looked at each, so now one will do.
-        first = self.tensors[0].grad
-        if not (self.shown and first is self._handed_out[0] and _is_at(first, self._gradient_addresses[0])):
+        if not self._are_views([tensor.grad for tensor in self.tensors]):  # all of them: one may have been replaced
             self._show()
-            self.shown = True
 
     def _give_gradient(self) -> None:
         if self.flat.grad is not self._gradient:  # torch.compile takes no assignment, not even one that changes nothing
@@ -180,10 +177,6 @@ class FlatBuffers:
         return all(bucket.holds() for bucket in self.buckets) and (
             self._twin is None or all(state.get(tensor) is shown for tensor, shown in self._first_states)
         )
-
-    def seems_to_hold(self) -> bool:
-        """The same for one parameter of each bucket."""
-        return all(bucket.tensors[0].data_ptr() == bucket.flat.data_ptr() for bucket in self.buckets)
 
     def gather(self) -> bool:
         return all(bucket.gather() for bucket in self.buckets)
@@ -358,7 +351,3 @@ def _equal(value: Any, other: Any) -> bool:
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     # A step asks for those of all parameters three times. On many small ones that counts, and `map` is quicker.
     return list(map(Tensor.data_ptr, tensors))
-
-
-def _is_at(tensor: Tensor, address: int) -> bool:
-    return torch.compiler.is_compiling() or tensor.data_ptr() == address  # torch.compile cannot look at addresses

@@ -422,7 +422,7 @@ class SAM(Optimizer):
         """As `torch.optim.Optimizer.zero_grad`. With `flat`, `set_to_none=False` is one operation and the next
         backward pass adds straight into the buffer; a tensor it does not reach then has a gradient of 0, not None."""
         buffers = None if self._layout is None else self._layout.buffers
-        if set_to_none or buffers is None or not (torch.compiler.is_compiling() or buffers.seems_to_hold()):
+        if set_to_none or buffers is None or not (torch.compiler.is_compiling() or buffers.holds(self.state)):
             super().zero_grad(set_to_none)
         else:
             buffers.clear()

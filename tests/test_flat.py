@@ -735,3 +735,23 @@ def test_a_fused_optimiser_that_loads_a_state_that_is_not_does_not_skip_by_itsel
     opt.load_state_dict(plain.state_dict())
     train(opt, model, 2)
     assert opt.skipped_steps == 0
+
+
+def test_clearing_reaches_a_gradient_that_somebody_replaced():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, flat=True)
+    inputs = torch.randn(8, 4)
+
+    def closure():
+        opt.zero_grad(set_to_none=False)
+        loss = model(inputs).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        opt.step(closure)
+    last = list(model.parameters())[-1]
+    closure()
+    last.grad = torch.full_like(last, 100.0)
+    opt.zero_grad(set_to_none=False)
+    assert not last.grad.any()
