@@ -119,18 +119,61 @@ class DataSpec(_Part):
 
 
 @dataclass(frozen=True, slots=True)
+class AugmentSpec(_Part):
+    """Random changes of the training images, drawn for every image anew, in this order: AutoAugment, flip, crop,
+    cutout (of the scaled image), mixup."""
+
+    autoaugment: bool = _field(False, "AutoAugment, the policy for CIFAR-10")
+    flip: bool = _field(False, "left-right flip with probability 1/2")
+    crop: str = _choice(
+        "none", ("none", "zero", "reflect"), "random crop after padding 4 pixels with zeros or mirrored"
+    )
+    cutout: int = _count(0, "side of the square that is set to 0 after scaling, in pixels; 0 is no cutout", low=0)
+    mixup: float = _number(0.0, "alpha of the Beta law of mixup; 0 is no mixup", low=0)
+
+
+CIFAR_MODELS = ("resnet18", "resnet50", "resnet20", "resnet32", "mobilenet_v2", "wrn28_10", "wrn40_2")
+STEMMED = ("resnet18", "resnet50")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec(_Part):
-    name: str = _choice("cnn", ("cnn", "mlp"), "network: three convolutions, or two hidden layers")
+    name: str = _choice(
+        "cnn", ("cnn", "mlp", *CIFAR_MODELS), "network: three convolutions, two hidden layers, or one made for CIFAR"
+    )
     width: int = _count(
         8, "channels of the first convolution (the next two have 2 and 4 times as many), or units of each hidden layer"
     )
     norm: str = _choice("batch", ("batch", "group", "none"), "normalisation after each convolution or hidden layer")
     dropout: float = _number(0.0, "dropout before the classifier", low=0, high=0.999)
+    stem: str = _choice(
+        "cifar",
+        ("cifar", "imagenet"),
+        "resnet18 and resnet50: a 3x3 convolution, or one of 7x7 with stride 2 and max-pooling",
+    )
+    num_outputs: int | None = _count(None, "outputs of the classifier; None: one per class", low=2)
 
     def __post_init__(self) -> None:
         _Part.__post_init__(self)
         if self.norm == "group" and self.width % 4:
             raise InputError(f"model.width = {self.width} does not split into 4 groups: use a multiple of 4")
+        if self.stem != "cifar" and self.name not in STEMMED:
+            raise InputError(
+                f"model.stem = {self.stem!r} needs model.name {' or '.join(STEMMED)}, got {self.name!r}: use 'cifar'"
+            )
+        if self.name in CIFAR_MODELS:
+            self._check_fixed()
+
+    def _check_fixed(self) -> None:
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("width", "dropout"):
+            if getattr(self, name) != fields[name]:
+                raise InputError(
+                    f"model.{name} = {getattr(self, name)} is fixed in model.name = {self.name!r}: "
+                    f"leave it at {fields[name]}"
+                )
+        if self.norm == "group":
+            raise InputError(f"model.norm = 'group' is not for model.name = {self.name!r}: use 'batch' or 'none'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +203,12 @@ class OptimSpec(_Part):
     weight_decay_in: str = _choice(
         "update", ("update", "loss"), "weight decay in the final update only, or in the loss of both passes"
     )
-    schedule: str = _choice("cosine", ("cosine", "constant"), "learning rate per step: cosine to 0, or constant")
+    schedule: str = _choice(
+        "cosine",
+        ("cosine", "constant", "one_cycle"),
+        "learning rate per step: cosine to 0, constant, or linearly from 0 to the peak over warmup, then cosine to 0",
+    )
+    warmup: float = _number(0.05, "one_cycle: share of the steps before the peak", low=0, high=0.999)
     clip: str = _choice("none", ("none", "descent", "both"), "which gradients are clipped to clip_norm")
     clip_norm: float = _number(5.0, "largest Euclidean norm of a clipped gradient", above=0)
 
@@ -186,6 +234,11 @@ class OptimSpec(_Part):
             )
         if self.nesterov and self.momentum == 0:
             raise InputError("optim.nesterov = True needs optim.momentum above 0, got 0.0")
+        if self.warmup != 0.05 and self.schedule != "one_cycle":
+            raise InputError(
+                f"optim.warmup = {self.warmup} needs optim.schedule = 'one_cycle', got {self.schedule!r}: "
+                "leave it at 0.05"
+            )
 
     @property
     def is_hybrid(self) -> bool:
@@ -196,16 +249,37 @@ class OptimSpec(_Part):
 @dataclass(frozen=True, slots=True)
 class TrainSpec(_Part):
     epochs: int = _count(40, "passes over the training images")
+    updates: int | None = _count(
+        None, "steps after which training ends, in the middle of an epoch if need be; schedules end there too"
+    )
     batch_size: int = _count(128, "examples per step")
     drop_last: bool = _field(True, "leave out the last, smaller batch of an epoch")
     label_smoothing: float = _number(0.0, "label smoothing epsilon", low=0, high=0.999)
     smoothing_convention: str = _choice(
         "K", ("K", "K-1"), "smoothing spreads epsilon over all K classes (PyTorch), or over the K-1 wrong ones"
     )
-    precision: str = _choice("fp32", ("fp32", "bf16"), "arithmetic of convolutions and matrix products")
+    precision: str = _choice(
+        "fp32",
+        ("fp32", "tf32", "fp16", "bf16"),
+        "operands of convolutions and matrix products: float32, rounded to TF32 (on a GPU), float16 or bfloat16",
+    )
+    loss_scale: float = _number(
+        1024.0, "fp16: factor on the loss in the backward pass, taken out of the gradients again", above=0
+    )
     replay_dropout: bool = _field(False, "both passes of a SAM step use the same dropout masks")
     logged_loss: str = _choice("w", ("w", "w+eps"), "where the logged training loss is taken")
     eval_every: int = _count(1, "epochs between two evaluations; the last epoch is always evaluated")
+    eval_train_every: int | None = _count(
+        None, "epochs between two evaluations on the training images, of those that are made; None: each of them"
+    )
+
+    def __post_init__(self) -> None:
+        _Part.__post_init__(self)
+        if self.loss_scale != 1024 and self.precision != "fp16":
+            raise InputError(
+                f"train.loss_scale = {self.loss_scale} needs train.precision = 'fp16', got {self.precision!r}: "
+                "leave it at 1024"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +290,7 @@ class RunSpec:
     model: ModelSpec = ModelSpec()
     optim: OptimSpec = OptimSpec()
     train: TrainSpec = TrainSpec()
+    augment: AugmentSpec = AugmentSpec()
     seed: int = 0
     split_seed: int | None = _field(None, "seed of the draw of the images and of the label noise; None: seed")
 
@@ -230,6 +305,8 @@ class RunSpec:
                 "train.logged_loss = 'w+eps' needs an ascent in every step, but optim.ascent_from = "
                 f"{self.optim.ascent_from} and optim.ascent_until = {self.optim.ascent_until}: use 'w'"
             )
+        if self.data.name == "digits":
+            self._check_digits()
         shards, batch = num_shards(self), self.train.batch_size
         if shards > batch:
             raise InputError(
@@ -241,6 +318,14 @@ class RunSpec:
                 f"train.batch_size = {batch} is larger than data.train_size = {size}, so every batch would be dropped: "
                 f"use at most {size}, or train.drop_last = False"
             )
+
+    def _check_digits(self) -> None:
+        if self.model.name in CIFAR_MODELS:
+            raise InputError(
+                f"model.name = {self.model.name!r} needs data.name cifar10 or cifar100: use 'cnn' or 'mlp'"
+            )
+        if self.augment != AugmentSpec():
+            raise InputError("augment needs data.name cifar10 or cifar100, got 'digits': leave its fields as they are")
 
 
 @dataclass(frozen=True, slots=True)

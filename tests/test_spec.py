@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.spec import CheckSpec, DataSpec, MeasureSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
+from samlib.spec import AugmentSpec, CheckSpec, DataSpec, MeasureSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
 
 # Changing a default gives every committed record a new meaning under its old key. If that is meant, raise
 # store.NUMERICS, refresh the records, and write the new defaults here.
@@ -26,6 +26,8 @@ DEFAULTS = {
     "model.width": 8,
     "model.norm": "batch",
     "model.dropout": 0.0,
+    "model.stem": "cifar",
+    "model.num_outputs": None,
     "optim.method": "sgd",
     "optim.rho": 0.05,
     "optim.p": 2.0,
@@ -44,17 +46,26 @@ DEFAULTS = {
     "optim.weight_decay": 0.0005,
     "optim.weight_decay_in": "update",
     "optim.schedule": "cosine",
+    "optim.warmup": 0.05,
     "optim.clip": "none",
     "optim.clip_norm": 5.0,
     "train.epochs": 40,
+    "train.updates": None,
     "train.batch_size": 128,
     "train.drop_last": True,
     "train.label_smoothing": 0.0,
     "train.smoothing_convention": "K",
     "train.precision": "fp32",
+    "train.loss_scale": 1024.0,
     "train.replay_dropout": False,
     "train.logged_loss": "w",
     "train.eval_every": 1,
+    "train.eval_train_every": None,
+    "augment.autoaugment": False,
+    "augment.flip": False,
+    "augment.crop": "none",
+    "augment.cutout": 0,
+    "augment.mixup": 0.0,
     "seed": 0,
     "split_seed": None,
 }
@@ -174,6 +185,15 @@ def test_every_field_is_documented():
         ),
         (lambda: ModelSpec("resnet"), ["model.name", "resnet", "cnn"]),
         (lambda: ModelSpec(width=6, norm="group"), ["model.width", "6", "multiple of 4"]),
+        (lambda: ModelSpec("cnn", stem="imagenet"), ["model.stem", "imagenet", "resnet18", "'cnn'"]),
+        (lambda: ModelSpec("resnet18", width=16), ["model.width", "16", "resnet18", "8"]),
+        (lambda: ModelSpec("resnet18", dropout=0.5), ["model.dropout", "0.5", "resnet18"]),
+        (lambda: ModelSpec("wrn28_10", norm="group"), ["model.norm", "group", "wrn28_10"]),
+        (lambda: RunSpec(model=ModelSpec("resnet20")), ["model.name", "resnet20", "cifar10"]),
+        (lambda: RunSpec(augment=AugmentSpec(flip=True)), ["augment", "cifar10", "digits"]),
+        (lambda: AugmentSpec(crop="mirror"), ["augment.crop", "mirror", "reflect"]),
+        (lambda: OptimSpec(warmup=0.1), ["optim.warmup", "0.1", "one_cycle", "cosine"]),
+        (lambda: TrainSpec(loss_scale=2.0), ["train.loss_scale", "2.0", "fp16", "fp32"]),
         (lambda: DataSpec("mnist"), ["data.name", "mnist", "digits"]),
         (lambda: DataSpec(label_noise=1.5), ["data.label_noise", "1.5", "from 0 to 1"]),
         (lambda: TrainSpec(epochs=2.5), ["train.epochs", "2.5", "whole"]),
