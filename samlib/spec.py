@@ -339,6 +339,7 @@ class MeasureSpec(_Part):
         "what is measured",
     )
     split: str = _choice("train", ("train", "test"), "images the loss is taken on, never augmented")
+    images: int | None = _count(None, "images of the split, the first in its order; None: all")
     mode: str = _choice("eval", ("eval", "train"), "batch norm: running statistics, or those of the batch")
     rho: float = _number(0.05, "adversarial sharpness: radius", low=0)
     steps: int = _count(1, "adversarial sharpness: projected ascent steps")

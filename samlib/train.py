@@ -81,9 +81,9 @@ def measure(spec: MeasureSpec, store: Store, device: torch.device) -> Record:
     model = trained_model(parent, store, splits, device)
     if model is None:  # its training diverged
         return _record(spec, "diverged", started, data_digest=splits.digest, device=device)
-    images = getattr(splits, spec.split)
+    inputs, labels = (tensor[: spec.images] for tensor in _tensors(getattr(splits, spec.split)))
     batch_size = MEASURE_BATCH if spec.mode == "eval" else None  # in train mode the batch is part of the loss
-    loss = WeightLoss(model, images.inputs, images.labels, batch_size=batch_size, train_mode=spec.mode == "train")
+    loss = WeightLoss(model, inputs, labels, batch_size=batch_size, train_mode=spec.mode == "train")
     values, table = MEASURES[spec.measure](loss, spec)
     status = "done" if all(math.isfinite(value) for value in values.values()) else "diverged"
     return _record(spec, status, started, measures=values, table=table, data_digest=splits.digest, device=device)

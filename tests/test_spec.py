@@ -73,6 +73,7 @@ MEASURE_DEFAULTS = {
     "parent": "0" * 16,
     "measure": "lambda_max",
     "split": "train",
+    "images": None,
     "mode": "eval",
     "rho": 0.05,
     "steps": 1,

@@ -41,7 +41,8 @@ class Arm:
     and not a number, so that a reader's variation of the epochs keeps 'twice' and 'half' true). `measures` are
     templates: each is taken of every member, with the member's key as its parent. A `tuning` arm is one on which
     settings were chosen: it decides no claim, and a reader's variation leaves it as it is. `curves` names columns of
-    the history for rules about a whole curve: each of their values is a column of the frame too.
+    the history for rules about a whole curve: each of their values is a column of the frame too. Where time is short,
+    arms of a lower `priority` run first, seed by seed.
     """
 
     role: str
@@ -52,6 +53,7 @@ class Arm:
     epochs_factor: float = 1.0
     tuning: bool = False
     curves: tuple[str, ...] = ()
+    priority: int = 1
 
     @property
     def specs(self) -> tuple[RunSpec | CheckSpec, ...]:
