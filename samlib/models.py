@@ -1,13 +1,14 @@
 """The networks: the small one that a model spec builds, and those of the papers for CIFAR, as plain functions."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from samlib.errors import InputError
-from samlib.spec import ModelSpec
+from samlib.spec import STEMMED, ModelSpec
 
 GROUPS = 4  # of group norm; the spec sees to it that they divide the width
 
@@ -16,16 +17,28 @@ def build(spec: ModelSpec, image_shape: tuple[int, int, int], num_classes: int, 
     """A network with weights drawn from `rng` (the global generator is left as it was).
 
     Args:
-        spec: which network, how wide, which normalisation.
+        spec: which network, how wide, which normalisation. Without normalisation ("none") the networks for CIFAR
+            have an identity in place of each of their norm layers, and no bias more, as in coldenhoff2022's code.
         image_shape: channels, height and width: (1, 8, 8) for digits, (3, 32, 32) for CIFAR.
-        num_classes: size of the output.
+        num_classes: size of the output, unless the spec sets another: classes beyond those of the data are then
+            never right, and are learnt to be improbable.
         rng: generator of the initial weights, on the CPU so that every device starts from the same point.
+
+    Raises:
+        InputError: the spec asks for fewer outputs than there are classes.
     """
+    outputs = spec.num_outputs or num_classes
+    if outputs < num_classes:
+        raise InputError(f"model.num_outputs = {outputs} is fewer than the {num_classes} classes: use {num_classes}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.initial_seed())  # torch.nn draws from the CPU's default generator
         if spec.name == "mlp":
-            return mlp(math.prod(image_shape), num_classes, spec.width, spec.norm, spec.dropout)
-        return small_cnn(image_shape[0], num_classes, spec.width, spec.norm, spec.dropout)
+            return mlp(math.prod(image_shape), outputs, spec.width, spec.norm, spec.dropout)
+        if spec.name == "cnn":
+            return small_cnn(image_shape[0], outputs, spec.width, spec.norm, spec.dropout)
+        stem = {"stem": spec.stem} if spec.name in STEMMED else {}
+        model = CIFAR[spec.name](outputs, **stem)
+        return without_norm(model) if spec.norm == "none" else model
 
 
 def small_cnn(
@@ -139,6 +152,21 @@ def wrn28_10(num_classes: int = 10) -> nn.Module:
 def wrn40_2(num_classes: int = 10) -> nn.Module:
     """WRN-40-2: 6 blocks a stage, twice as wide; 2,243,546 parameters."""
     return _wide_resnet(6, 2, num_classes)
+
+
+# Name in a model spec -> the network.
+CIFAR: dict[str, Callable[..., nn.Module]] = {
+    found.__name__: found for found in (resnet18, resnet50, resnet20, resnet32, mobilenet_v2, wrn28_10, wrn40_2)
+}
+
+
+def without_norm(model: nn.Module) -> nn.Module:
+    """The same model, each of its batch-norm layers replaced by an identity."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+    return model
 
 
 def _cifar_resnet(blocks: int, num_classes: int) -> nn.Module:

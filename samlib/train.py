@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,16 @@ from samlib.store import NUMERICS, Record, Store, parent_run, parent_spec
 
 Measured = tuple[dict[str, float], dict[str, list[float]]]  # values, and columns of equal length
 
-CHECKPOINT_SECONDS = 60.0
+CHECKPOINT_SECONDS = 60.0  # between two checkpoints of a run
 MEASURE_BATCH = 1000  # images whose graph is held at a time; changes no number in eval mode
 SPLITS = ("train", "validation", "test")
-RESUMED = ("epoch", "step", "seconds", "history")
-CHECKPOINT = {*RESUMED, "numerics", "model", "optimizer", "order", "random", "cuda_random"}
+RESUMED = ("epoch", "step", "seconds", "history", "epoch_order", "losses")
+CHECKPOINT = {*RESUMED, "numerics", "model", "optimizer", "random", "cuda_random"}
 
 # ---------------------------------------------------------------------------------------------- one run
 
 
-def run(spec: Spec, store: Store, device: str | None = None) -> Record:
+def run(spec: Spec, store: Store, device: str | None = None, deadline: float = math.inf) -> Record | None:
     """Turns a spec into its record and saves it. A run that was cut goes on from its checkpoint.
 
     Args:
@@ -42,6 +42,11 @@ def run(spec: Spec, store: Store, device: str | None = None) -> Record:
             are trained again if they are gone), or an exact check.
         store: where the record, the weights and the checkpoint go.
         device: 'cpu', 'cuda', or None for a GPU where there is one. Checks always run on the CPU.
+        deadline: the value of `time.monotonic()` at which a training leaves a checkpoint behind and stops. Measures,
+            paths and checks, which cannot go on where they stopped, do not look at it.
+
+    Returns:
+        The record; None for a training that the deadline cut.
 
     Raises:
         InputError: the spec asks for something this machine does not have.
@@ -49,25 +54,29 @@ def run(spec: Spec, store: Store, device: str | None = None) -> Record:
     chosen = choose_device(device)
     match spec:
         case RunSpec():
-            record = train(spec, store, chosen)
+            record = train(spec, store, chosen, deadline)
         case MeasureSpec():
             record = measure(spec, store, chosen)
         case ConnectSpec():
             record = connect(spec, store, chosen)
         case CheckSpec():
             record = check(spec)
+    if record is None:
+        return None
     store.save(record)
     store.checkpoint_path(record.key).unlink(missing_ok=True)
     return record
 
 
-def train(spec: RunSpec, store: Store, device: torch.device) -> Record:
-    """Trains a model, keeps its weights, and returns its record."""
+def train(spec: RunSpec, store: Store, device: torch.device, deadline: float = math.inf) -> Record | None:
+    """Trains a model, keeps its weights, and returns its record; None where the deadline came first."""
     checkpoint = store.checkpoint_path(specs_of.key(spec))
     with torch.random.fork_rng():  # dropout draws from the global generator
         training = Training.start(spec, device)
         training.resume(checkpoint)
-        training.go_on(partial(training.save, checkpoint))
+        training.go_on(partial(training.save, checkpoint), deadline)
+        if training.status == "running":
+            return None
         if training.status == "done":
             save_tensors(store.weights_path(specs_of.key(spec)), training.model.state_dict())
         return training.record()
@@ -258,11 +267,13 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     order: torch.Generator
+    epoch_order: Tensor  # the state of `order` from which the batches of this epoch were drawn
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
     status: str = "running"
     history: list[dict[str, float]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)  # of the steps of this epoch
 
     @classmethod
     def start(cls, spec: RunSpec, device: torch.device) -> "Training":
@@ -270,11 +281,17 @@ class Training:
         model = build_model(spec, splits, device)
         torch.manual_seed(data.generator(spec.seed, "dropout").initial_seed())
         optimizer = build_optimizer(spec.optim, model, spec.seed)
-        training = cls(spec, device, splits, model, optimizer, data.generator(spec.seed, "order"))
+        order = data.generator(spec.seed, "order")
+        training = cls(spec, device, splits, model, optimizer, order, order.get_state())
         if training.steps_per_epoch == 0:
             raise InputError(
                 f"train.batch_size = {spec.train.batch_size} is larger than the {len(splits.train)} training images: "
                 "use fewer, or train.drop_last = False"
+            )
+        if training.steps > spec.train.epochs * training.steps_per_epoch:
+            raise InputError(
+                f"train.updates = {spec.train.updates} is more than train.epochs = {spec.train.epochs} make, "
+                f"{spec.train.epochs * training.steps_per_epoch}: raise the epochs"
             )
         return training
 
@@ -286,28 +303,50 @@ class Training:
     @property
     def steps(self) -> int:
         """Of the whole training."""
-        return self.spec.train.epochs * self.steps_per_epoch
+        return self.spec.train.updates or self.spec.train.epochs * self.steps_per_epoch
 
-    def go_on(self, save: Callable[[], None]) -> None:
-        """Trains to the end, calling `save` about once a minute between two epochs."""
-        saved = time.perf_counter()
-        while self.status == "running":
-            started = time.perf_counter()
-            self.one_epoch()
-            self.seconds += time.perf_counter() - started
-            if self.status == "running" and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+    @property
+    def steps_of_epoch(self) -> int:
+        """Made in this epoch so far."""
+        return self.step - self.epoch * self.steps_per_epoch
+
+    def go_on(self, save: Callable[[], None], deadline: float = math.inf) -> None:
+        """Trains to the end or the deadline, calling `save` about once a minute and at the deadline."""
+        saved = started = time.monotonic()
+        for indices in self.batches_left():
+            now = time.monotonic()
+            if now > min(deadline, saved + CHECKPOINT_SECONDS):
+                self.seconds += now - started
                 save()
-                saved = time.perf_counter()
+                if now > deadline:
+                    return
+                saved = started = time.monotonic()
+            self.take(indices)
+        self.seconds += time.monotonic() - started
 
-    def one_epoch(self) -> None:
-        self.model.train()
+    def batches_left(self) -> Iterator[Tensor]:
+        """The indices of every mini-batch from this step on, for as long as the training runs."""
         train, settings = self.splits.train, self.spec.train
-        losses = []
-        for indices in data.batches(len(train), settings.batch_size, settings.drop_last, self.order):
-            chosen = indices.to(self.device)
-            losses.append(self.one_step(train.inputs[chosen], train.labels[chosen]))
+        while self.status == "running":
+            self.model.train()
+            self.order.set_state(self.epoch_order)
+            whole = data.batches(len(train), settings.batch_size, settings.drop_last, self.order)
+            yield from islice(whole, self.steps_of_epoch, self.steps - self.epoch * self.steps_per_epoch)
+
+    def take(self, indices: Tensor) -> None:
+        """A step on these images, and what follows the last one of an epoch."""
+        chosen = indices.to(self.device)
+        self.losses.append(self.one_step(self.splits.train.inputs[chosen], self.splits.train.labels[chosen]))
+        if self.steps_of_epoch == self.steps_per_epoch or self.step == self.steps:
+            self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """After the last step of an epoch, or of a training that ends within one."""
         self.epoch += 1
-        self.log(torch.stack(losses).mean().item())
+        self.epoch_order = self.order.get_state()
+        running_loss = torch.stack(self.losses).mean().item()
+        self.losses = []
+        self.log(running_loss)
 
     def one_step(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """One step of any method, and the loss that is logged."""
@@ -328,7 +367,7 @@ class Training:
 
     def log(self, running_loss: float) -> None:
         """Evaluates where an evaluation is due, and ends a training that is over or has diverged."""
-        last = self.epoch == self.spec.train.epochs
+        last = self.step == self.steps
         if not math.isfinite(running_loss):
             self.status = "diverged"
         elif last:
@@ -338,10 +377,16 @@ class Training:
         row = {"epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
         row["running_loss"] = running_loss
         for name in SPLITS:
-            row |= evaluate(self.model, getattr(self.splits, name), name)
-        if not all(math.isfinite(row[f"{name}_loss"]) for name in ("train", "test")):
-            self.status = "diverged"
+            evaluated = name != "train" or self.evaluates_train()
+            row |= evaluate(self.model, getattr(self.splits, name), name) if evaluated else not_evaluated(name)
+            if evaluated and name != "validation" and not math.isfinite(row[f"{name}_loss"]):
+                self.status = "diverged"
         self.history.append(row)
+
+    def evaluates_train(self) -> bool:
+        """Whether the training images are looked at too, where an evaluation is made."""
+        every = self.spec.train.eval_train_every
+        return every is None or self.epoch % every == 0 or self.status != "running"
 
     def record(self) -> Record:
         images = self.step * self.spec.train.batch_size
@@ -381,7 +426,6 @@ class Training:
                 "numerics": NUMERICS,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "order": self.order.get_state(),
                 "random": torch.get_rng_state(),
                 "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
@@ -400,7 +444,6 @@ class Training:
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.order.set_state(state["order"])
         torch.set_rng_state(state["random"])
         if state["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
@@ -557,8 +600,14 @@ def ascends(spec: OptimSpec, step: int, steps: int) -> bool:
 
 
 def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
-    """The learning rate of a step: constant, or from lr down to 0 along half a cosine."""
-    return spec.lr if spec.schedule == "constant" else 0.5 * spec.lr * (1 + math.cos(math.pi * step / steps))
+    """The learning rate of a step: constant, or from lr down to 0 along half a cosine; `one_cycle` rises to lr first,
+    in a straight line from 0."""
+    if spec.schedule == "constant":
+        return spec.lr
+    first = spec.warmup * steps if spec.schedule == "one_cycle" else 0.0
+    if step < first:
+        return spec.lr * step / first
+    return 0.5 * spec.lr * (1 + math.cos(math.pi * (step - first) / (steps - first)))
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -579,7 +628,7 @@ def choose_device(name: str | None) -> torch.device:
 def evaluate(model: nn.Module, split: data.Split, name: str, batch_size: int = 1024) -> dict[str, float]:
     """Mean cross entropy and accuracy in percent, in eval mode; NaN for an empty split."""
     if not len(split):
-        return {f"{name}_loss": math.nan, f"{name}_accuracy_pct": math.nan}
+        return not_evaluated(name)
     model.eval()
     loss, correct = torch.zeros((), device=split.inputs.device), torch.zeros((), device=split.inputs.device)
     for inputs, labels in zip(split.inputs.split(batch_size), split.labels.split(batch_size), strict=True):
@@ -588,6 +637,10 @@ def evaluate(model: nn.Module, split: data.Split, name: str, batch_size: int = 1
         correct += (logits.argmax(1) == labels).sum()
     size = len(split)
     return {f"{name}_loss": loss.item() / size, f"{name}_accuracy_pct": 100 * correct.item() / size}
+
+
+def not_evaluated(name: str) -> dict[str, float]:
+    return {f"{name}_loss": math.nan, f"{name}_accuracy_pct": math.nan}
 
 
 def selected(history: list[dict[str, float]]) -> dict[str, dict[str, float]]:

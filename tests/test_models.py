@@ -5,7 +5,7 @@ import torch
 
 from samlib import data, models
 from samlib.errors import InputError
-from samlib.spec import ModelSpec
+from samlib.spec import CIFAR_MODELS, ModelSpec
 
 
 def build(seed=0, channels=1, **fields):
@@ -108,6 +108,38 @@ def test_operations_are_those_of_the_papers(name, counts):
         layer.register_forward_hook(count)
     assert model(torch.zeros(1, 3, 32, 32, device="meta")).shape == (1, 10)
     assert sum(operations) / 1e9 == pytest.approx(counts[3], rel=0.003)
+
+
+def build_cifar(**fields):
+    return models.build(ModelSpec(**fields), (3, 32, 32), 10, data.generator(0, "init"))
+
+
+@pytest.mark.parametrize("name", CIFAR_MODELS)
+def test_a_spec_builds_the_network_of_its_name(name):
+    model = build_cifar(name=name)
+    assert sum(p.numel() for p in model.parameters()) == NETWORKS[name][0]
+    plain = build_cifar(name=name, norm="none")
+    assert not [m for m in plain.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    identities = [m for m in plain.modules() if isinstance(m, torch.nn.Identity)]
+    assert len(identities) - len([m for m in model.modules() if isinstance(m, torch.nn.Identity)]) == len(norms)
+    removed = sum(p.numel() for m in norms for p in m.parameters())
+    assert sum(p.numel() for p in plain.parameters()) == NETWORKS[name][0] - removed
+
+
+def test_coldenhoff_s_network_is_torchvision_s_resnet18_with_its_thousand_outputs():
+    torchvision = pytest.importorskip("torchvision")
+    model = build_cifar(name="resnet18", stem="imagenet", num_outputs=1000)
+    expected = torchvision.models.resnet18()
+    assert {name: p.shape for name, p in model.named_parameters()} == {
+        name: p.shape for name, p in expected.named_parameters()
+    }
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 1000)
+
+
+def test_fewer_outputs_than_classes_are_refused():
+    with pytest.raises(InputError, match=r"model\.num_outputs = 5 .* 10"):
+        build(num_outputs=5)
 
 
 def test_the_imagenet_stem_is_torchvision_s():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -28,6 +29,11 @@ def change(spec=TINY, **fields):
 
 def numbers(record):
     return record.history | {f"final {name}": list(row.values()) for name, row in record.final.items()}
+
+
+def make_steps(training, count):
+    for indices in islice(training.batches_left(), count):
+        training.take(indices)
 
 
 @pytest.fixture
@@ -188,16 +194,14 @@ def test_momentum_is_carried_over_the_switch(store, first):
 def by_hand(first, *, hands_over):
     parts = [SGD, MSAM] if first == "sgd" else [MSAM, SGD]
     one, two = (train.Training.start(spec, CPU) for spec in parts)
-    for _ in range(2):
-        one.one_epoch()
+    make_steps(one, 2 * one.steps_per_epoch)
     two.model.load_state_dict(one.model.state_dict())
-    two.order.set_state(one.order.get_state())
+    two.epoch_order = one.epoch_order
     two.epoch, two.step = one.epoch, one.step
     if hands_over:
         for ours, theirs in zip(two.model.parameters(), one.model.parameters(), strict=True):
             two.optimizer.state[ours]["momentum_buffer"] = one.optimizer.state[theirs]["momentum_buffer"]
-    for _ in range(2):
-        two.one_epoch()
+    make_steps(two, 2 * two.steps_per_epoch)
     return two.model.state_dict()
 
 
@@ -208,8 +212,7 @@ def test_a_hybrid_cut_before_or_after_its_switch_ends_as_if_it_had_not_been(stor
     whole, expected = outcome(store, spec)
     for cut in (1, 2):
         training, path = train.Training.start(spec, CPU), tmp_path / f"cut {cut}"
-        for _ in range(cut):
-            training.one_epoch()
+        make_steps(training, cut * training.steps_per_epoch)
         training.save(path)
         again = train.Training.start(spec, CPU)
         again.resume(path)
@@ -227,6 +230,34 @@ def test_sgd_takes_the_whole_mini_batch_whatever_the_shards(store):
     assert agree(store, change(SGD, num_shards=4), SGD)
 
 
+def test_a_training_ends_after_its_updates_in_mid_epoch(store):
+    """48 images in batches of 16: the fourth update is the first one of the second epoch."""
+    record = train.run(change(SGD, train_size=48, epochs=2, updates=4), store, "cpu")
+    assert (record.history["step"], record.history["epoch"]) == ([3, 4], [1, 2])
+    assert record.history["lr"][-1] == pytest.approx(SGD.optim.lr * 0.5 * (1 + math.cos(math.pi * 3 / 4)))
+
+
+def test_more_updates_than_the_epochs_make_are_refused(store):
+    with pytest.raises(InputError, match=r"train\.updates = 7 .*train\.epochs = 2 make, 6"):
+        train.run(change(SGD, train_size=48, epochs=2, updates=7), store, "cpu")
+
+
+def test_one_cycle_rises_in_a_straight_line_and_falls_along_half_a_cosine():
+    spec = OptimSpec(lr=0.5, schedule="one_cycle", warmup=0.2)
+    found = [train.learning_rate(spec, step, 20) for step in range(21)]
+    assert found[:5] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5])
+    assert found[4:] == pytest.approx([0.25 * (1 + math.cos(math.pi * step / 16)) for step in range(17)])
+    assert train.learning_rate(OptimSpec(lr=0.5, schedule="one_cycle", warmup=0.0), 0, 20) == 0.5
+
+
+def test_training_images_are_evaluated_as_seldom_as_asked_and_in_the_end(store):
+    every, seldom = (train.run(change(epochs=5, eval_train_every=k), store, "cpu").history for k in (None, 2))
+    for name in ("train_loss", "train_accuracy_pct"):
+        assert [math.isnan(value) for value in seldom[name]] == [True, False, True, False, False]
+        assert [seldom[name][epoch] for epoch in (1, 3, 4)] == [every[name][epoch] for epoch in (1, 3, 4)]
+    assert seldom["test_loss"] == every["test_loss"]
+
+
 # ------------------------------------------------------------------------------------------------ resuming
 
 
@@ -234,22 +265,24 @@ class CutError(Exception):
     pass
 
 
-def test_cut_after_any_epoch_the_run_ends_as_if_it_had_not_been(store, monkeypatch, tmp_path):
-    spec = change(dropout=0.3, epochs=4)
+@pytest.mark.parametrize("method", ["sam", "average_sam"])
+def test_cut_before_any_step_the_run_ends_as_if_it_had_not_been(store, monkeypatch, tmp_path, method):
+    """In mid-epoch, between two epochs, and before the last step; with a partial last batch and dropout."""
+    spec = change(dropout=0.3, epochs=3, drop_last=False, train_size=50, method=method)
     whole = train.run(spec, store, "cpu")
     expected = weights(store, spec)
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
-    one_epoch = train.Training.one_epoch
-    for cut in (1, 2, 3):
+    take = train.Training.take
+    for cut in (1, 3, 4, 6, 11):
         other = Store(tmp_path / f"cut {cut}", writable=True)
 
-        def until_the_cut(self, cut=cut):
-            if self.epoch == cut:
+        def until_the_cut(self, indices, cut=cut):
+            if self.step == cut:
                 raise CutError
-            one_epoch(self)
+            take(self, indices)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train.Training, "one_epoch", until_the_cut)
+            patch.setattr(train.Training, "take", until_the_cut)
             with pytest.raises(CutError):
                 train.run(spec, other, "cpu")
         assert other.load(whole.key) is None
@@ -258,6 +291,19 @@ def test_cut_after_any_epoch_the_run_ends_as_if_it_had_not_been(store, monkeypat
         assert numbers(again) == numbers(whole)
         assert same(weights(other, spec), expected)
         assert not other.checkpoint_path(whole.key).exists()
+
+
+def test_at_its_deadline_a_run_leaves_a_checkpoint_and_goes_on_from_there(store, monkeypatch, tmp_path):
+    whole, other = train.run(TINY, store, "cpu"), Store(tmp_path / "cut", writable=True)
+    ticks = iter(range(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.time, "monotonic", lambda: float(next(ticks)))
+        assert train.run(TINY, other, "cpu", deadline=4.0) is None
+    assert other.recorded() == []
+    assert not other.weights_path(whole.key).exists()
+    assert 0 < train.load_tensors(other.checkpoint_path(whole.key))["step"] < whole.history["step"][-1]
+    assert numbers(train.run(TINY, other, "cpu", deadline=math.inf)) == numbers(whole)
+    assert same(weights(other, TINY), weights(store, TINY))
 
 
 def test_a_checkpoint_that_cannot_be_read_starts_the_run_over(store, capsys):
@@ -272,7 +318,7 @@ def test_a_checkpoint_that_cannot_be_read_starts_the_run_over(store, capsys):
 @pytest.mark.parametrize("spoil", [{"numerics": -1}, {"renamed": 1}])
 def test_a_checkpoint_of_another_version_starts_the_run_over(store, monkeypatch, capsys, spoil):
     training = train.Training.start(TINY, CPU)
-    training.one_epoch()
+    make_steps(training, training.steps_per_epoch)
     path = store.checkpoint_path(specs_of.key(TINY))
     training.save(path)
     train.save_tensors(path, train.load_tensors(path) | spoil)
@@ -347,7 +393,7 @@ def test_statistics_per_batch_count_each_batch_once():
     counts = {}
     for statistics in ("shard", "batch"):
         training = train.Training.start(change(num_shards=4, shard_batchnorm=statistics), CPU)
-        training.one_epoch()
+        make_steps(training, training.steps_per_epoch)
         counts[statistics] = int(training.model[1].num_batches_tracked)
     assert counts == {"shard": 12, "batch": 3}
 
@@ -470,7 +516,7 @@ def test_second_pass_leaves_the_running_statistics(choice):
     found = []
     for fields in ({"method": "sgd"}, {"second_pass_batchnorm": choice}, {"second_pass_batchnorm": "update"}):
         training = train.Training.start(change(lr=1e-30, weight_decay=0.0, **fields), CPU)
-        training.one_epoch()
+        make_steps(training, training.steps_per_epoch)
         found.append(dict(training.model.named_buffers()))
     sgd, chosen, updated = found
     assert same(sgd, chosen)
