@@ -346,37 +346,42 @@ def _are_numbers(values: Iterable[Any]) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Written under a temporary name in the same folder, flushed to disk, then renamed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes, saved: int | None = None) -> None:
+    """The same for bytes; `saved` is the file's time in nanoseconds, if it is not to be now."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    if saved is not None:
+        os.utime(temporary, ns=(saved, saved))
     temporary.replace(path)
 
 
 def pending(specs: Iterable[Spec], store: Store, known: Sequence[Store] = ()) -> list[Spec]:
     """The specs without a usable record in the store or in those known elsewhere."""
-    return [spec for spec in specs if not any(_has(place, specs_of.key(spec)) for place in (store, *known))]
+    return [spec for spec in specs if not any(finished(place, specs_of.key(spec)) for place in (store, *known))]
 
 
-def publish(specs: Sequence[Spec], source: Store, target: Store) -> int:
+def publish(specs: Sequence[Spec], source: Store, target: Store, kept: Iterable[str] = ()) -> int:
     """Makes the records of these specs, and no others, those of `target`; returns how many.
+
+    Records of the keys `kept` may be absent from `source`: those that `target` has then stay.
 
     Raises:
         InputError: a run is not finished, or was made by a samlib that no commit holds; nothing has
             been written by then.
     """
     records = {specs_of.key(spec): source.load(specs_of.key(spec)) for spec in specs}
+    records |= {key: target.load(key) for key in kept if records.get(key) is None}
     absent = [key for key, record in records.items() if record is None or not record.usable]
     if absent or not records:
         raise InputError(f"store = {source.folder} lacks {len(absent)} finished runs of {len(records)}: run them first")
-    unknown = [key for key, record in records.items() if record and record.environment.get("dirty") is not False]
-    if unknown:
-        raise InputError(
-            f"{len(unknown)} records, {unknown[0]} among them, were made by a samlib that differs from its commit: "
-            "commit it, remove them and run again"
-        )
+    require_committed(records.values())
     for record in records.values():
         target.save(record)
     for key in set(target.recorded()) - set(records):
@@ -384,7 +389,21 @@ def publish(specs: Sequence[Spec], source: Store, target: Store) -> int:
     return len(records)
 
 
-def _has(store: Store, key: str) -> bool:
+def require_committed(records: Iterable[Record]) -> None:
+    """
+    Raises:
+        InputError: a record was made by a samlib that no commit holds.
+    """
+    unknown = [record.key for record in records if record.environment.get("dirty") is not False]
+    if unknown:
+        raise InputError(
+            f"{len(unknown)} records, {unknown[0]} among them, were made by a samlib that differs from its commit: "
+            "commit it, remove them and run again"
+        )
+
+
+def finished(store: Store, key: str) -> bool:
+    """Whether the store has a usable record of a key."""
     record = store.load(key)
     return record is not None and record.usable
 

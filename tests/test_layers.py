@@ -40,6 +40,7 @@ MAY_IMPORT = {
         "torch",
     },
     "store": {"errors", "spec", "experiments", "pandas"},
+    "pack": {"errors", "experiments", "store"},
     "sweep": {"errors", "spec", "store", "train", "torch", "tqdm"},
     "stats": {"errors", "numpy", "scipy"},
     "published": {"errors", "pandas", "yaml"},

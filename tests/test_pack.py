@@ -1,0 +1,241 @@
+"""Export and import: what goes in comes out, in few small files; what is damaged or foreign writes nothing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import zipfile
+from dataclasses import asdict, replace
+
+import pytest
+
+from samlib import pack
+from samlib import spec as specs_of
+from samlib.errors import InputError
+from samlib.spec import OptimSpec, RunSpec
+from samlib.store import NUMERICS, Record, Store
+
+SPECS = [RunSpec(optim=OptimSpec("sam", rho=0.1), seed=seed) for seed in range(5)]
+KEYS = [specs_of.key(spec) for spec in SPECS]
+
+
+def record(spec, status="done", **fields):
+    fields = {"environment": {"dirty": False}, "measures": {"lambda_max": 1 / 3, "residual": None}} | fields
+    return Record(specs_of.key(spec), specs_of.canonical(spec), status, **fields)
+
+
+def tensors(store, kind, key, content, at):
+    path = store.folder / kind / f"{key}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    os.utime(path, (at, at))
+    return path
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Two finished runs, one that failed, one made by older code, and a fifth in progress."""
+    store = Store(tmp_path / "runs" / "gpu", writable=True)
+    store.save(record(SPECS[0]))
+    store.save(record(SPECS[1], "diverged"))
+    store.save(record(SPECS[2], "failed"))
+    store.save(record(SPECS[3], numerics=NUMERICS - 1))
+    tensors(store, "weights", KEYS[0], b"w" * 1000, at=100)
+    tensors(store, "checkpoints", KEYS[4], b"c" * 3000, at=200)
+    return store
+
+
+@pytest.fixture
+def target(tmp_path):
+    return Store(tmp_path / "elsewhere" / "gpu", writable=True)
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_finished_records_make_the_round_trip_and_a_second_import_changes_nothing(store, target, tmp_path):
+    packed = pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
+    assert str(packed) == "2 records and 2 checkpoints and weights"
+    merged = pack.merge(pack.read(tmp_path / "out"), target)
+    assert (merged.records, merged.there, merged.tensors) == (2, 0, 2)
+    before = files(target.folder)
+    assert {str(path) for path in before} == {
+        *(f"records/{key}.json" for key in KEYS[:2]),
+        f"weights/{KEYS[0]}.pt",
+        f"checkpoints/{KEYS[4]}.pt",
+    }
+    assert all(content == (store.folder / path).read_bytes() for path, content in before.items())
+    merged = pack.merge(pack.read(tmp_path / "out"), target)
+    assert (merged.records, merged.there, merged.tensors) == (0, 2, 0)
+    assert files(target.folder) == before
+
+
+def test_records_that_are_known_and_tensors_that_were_not_asked_for_stay_behind(store, tmp_path):
+    known = Store(tmp_path / "known" / "gpu", writable=True)
+    known.save(record(SPECS[1], "diverged"))
+    known.save(record(SPECS[0], "failed"))  # does not count: the run was made again here
+    assert pack.export(store, tmp_path / "out", [known]).records == 1
+    cargo = pack.read(tmp_path / "out")
+    assert (list(cargo.records), cargo.tensors, cargo.profile) == ([KEYS[0]], {}, "gpu")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["records.zip"]
+
+
+def test_an_archive_that_outgrows_a_file_is_cut_and_plain_tools_join_it(store, target, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "VOLUME_BYTES", 1000)
+    out = tmp_path / "out"
+    pack.export(store, out, checkpoints=True, weights=True)
+    volumes = sorted(path.name for path in out.glob("tensors*"))
+    assert volumes == [f"tensors.zip.{number:03}" for number in range(1, 6)]
+    assert all(path.stat().st_size <= 1000 and re.fullmatch(r"[A-Za-z0-9._-]+", path.name) for path in out.iterdir())
+    pack.merge(pack.read(out), target)
+    assert target.weights_path(KEYS[0]).read_bytes() == b"w" * 1000
+    subprocess.run("cat tensors.zip.* > joined.zip", shell=True, cwd=out, check=True)
+    with zipfile.ZipFile(out / "joined.zip") as joined:
+        assert joined.read(f"checkpoints/{KEYS[4]}.pt") == b"c" * 3000
+    monkeypatch.undo()
+    pack.export(store, out, checkpoints=True, weights=True)  # in one file again: the volumes are gone
+    assert sorted(path.name for path in out.glob("tensors*")) == ["tensors.zip"]
+
+
+@pytest.mark.parametrize(
+    ("room", "left_out"), [(10_000, []), (5000, ["weights/"]), (3000, ["checkpoints/"]), (900, None)]
+)
+def test_what_does_not_fit_is_named_and_records_go_first(store, tmp_path, monkeypatch, room, left_out):
+    """Checkpoints go before weights, but a smaller file still takes the room that a larger one could not."""
+    monkeypatch.setattr(pack, "TOTAL_BYTES", room)
+    packed = pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
+    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) <= room
+    kinds = [name[: name.index("/") + 1] for name in packed.left_out]
+    assert kinds == (["records/", "checkpoints/", "weights/"] if left_out is None else left_out)
+    assert packed.records == 2 - kinds.count("records/")
+    assert all(name in str(packed) for name in packed.left_out)
+
+
+def test_an_export_cut_while_it_writes_leaves_the_one_before(store, target, tmp_path, monkeypatch):
+    pack.export(store, tmp_path / "out")
+    store.save(record(SPECS[2]))
+
+    def fail(self, target):
+        raise OSError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", fail)
+        with pytest.raises(InputError, match="cannot be written"):
+            pack.export(store, tmp_path / "out")
+    assert pack.merge(pack.read(tmp_path / "out"), target).records == 2
+
+
+def test_the_newer_checkpoint_stays_and_none_of_a_finished_run(store, target, tmp_path):
+    pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
+    path = tensors(target, "checkpoints", KEYS[4], b"older", at=199)
+    kept = tensors(target, "weights", KEYS[0], b"mine", at=1)
+    assert pack.merge(pack.read(tmp_path / "out"), target).tensors == 1
+    assert (path.read_bytes(), kept.read_bytes()) == (b"c" * 3000, b"mine")
+    tensors(target, "checkpoints", KEYS[4], b"newer", at=201)
+    assert pack.merge(pack.read(tmp_path / "out"), target).tensors == 0
+    assert path.read_bytes() == b"newer"
+    path.unlink()
+    target.save(record(SPECS[4]))
+    assert pack.merge(pack.read(tmp_path / "out"), target).tensors == 0
+
+
+def test_committed_records_take_no_tensors_and_nothing_of_unknown_code(store, tmp_path):
+    committed = Store(tmp_path / "results" / "gpu", writable=False)
+    pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
+    assert pack.merge(pack.read(tmp_path / "out"), committed).tensors == 0
+    assert committed.recorded() == sorted(KEYS[:2])
+    assert [path.name for path in committed.folder.iterdir()] == ["records"]
+    store.save(record(SPECS[4], environment={"dirty": True}))
+    pack.export(store, tmp_path / "out")
+    before = files(committed.folder)
+    with pytest.raises(InputError, match=KEYS[4]):
+        pack.merge(pack.read(tmp_path / "out"), committed)
+    assert files(committed.folder) == before
+
+
+def rewritten(path, members):
+    with zipfile.ZipFile(path) as archive:
+        old = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (old | members).items():
+            archive.writestr(name, content)
+
+
+def as_json(spec, **changes):
+    return json.dumps(asdict(replace(record(spec), **changes)))
+
+
+def swapped(spec, key):
+    return {f"records/{key}.json": as_json(spec)}
+
+
+OUTSIDE = dict.fromkeys(("../evil.json", "/etc/evil", "records/../../evil.json", "weights/evil.pt"), b"x")
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        (swapped(SPECS[4], KEYS[1]), ["holds the spec of"]),
+        (swapped(replace(SPECS[1], seed=9), KEYS[1]), ["holds the spec of"]),
+        ({f"records/{KEYS[1]}.json": as_json(SPECS[1])[:300]}, ["truncated"]),
+        ({f"records/{KEYS[1]}.json": b"\xff\xfe"}, ["truncated or no record"]),
+        ({f"records/{KEYS[4]}.json": as_json(SPECS[4], numerics=NUMERICS - 1)}, [KEYS[4], "older code"]),
+        ({f"records/{KEYS[4]}.json": as_json(SPECS[4], status="failed")}, [KEYS[4], "failed"]),
+        *(({name: content}, [name, "no export"]) for name, content in OUTSIDE.items()),
+        ({f"records/{KEYS[1]}.pt": b"x"}, ["no export"]),
+        ({"about.json": b"{}"}, ["no export"]),
+        ({"about.json": b"[]"}, ["no export"]),
+        ({"about.json": b'{"format": 1, "profile": "../.."}'}, ["profile"]),
+        ({"about.json": b'{"format": 2, "profile": "gpu"}'}, ["format = 2"]),
+    ],
+)
+def test_a_tampered_export_is_refused_and_nothing_is_written(store, target, tmp_path, members, words):
+    pack.export(store, tmp_path / "out")
+    rewritten(tmp_path / "out" / "records.zip", members)
+    before = files(tmp_path)
+    with pytest.raises(InputError) as error:
+        pack.merge(pack.read(tmp_path / "out"), target)
+    for word in words:
+        assert word in str(error.value)
+    assert files(tmp_path) == before
+
+
+def test_a_record_that_differs_from_the_one_there_is_refused_and_the_others_with_it(store, target, tmp_path):
+    target.save(record(SPECS[1], "diverged", wall_seconds=7.0))
+    before = files(target.folder)
+    pack.export(store, tmp_path / "out")
+    with pytest.raises(InputError, match=f"{KEYS[1]}.*differs"):
+        pack.merge(pack.read(tmp_path / "out"), target)
+    assert files(target.folder) == before
+    target.save(record(SPECS[1], "failed"))  # but one that has to be run again gives way
+    assert pack.merge(pack.read(tmp_path / "out"), target).records == 2
+
+
+@pytest.mark.parametrize("keep", [0, 1, 300, -1])
+def test_a_truncated_file_is_refused(store, tmp_path, keep):
+    pack.export(store, tmp_path / "out")
+    path = tmp_path / "out" / "records.zip"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="truncated"):
+        pack.read(tmp_path / "out")
+
+
+def test_a_lost_volume_is_noticed(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "VOLUME_BYTES", 1000)
+    for lost in ("001", "003", "005"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
+        (tmp_path / "out" / f"tensors.zip.{lost}").unlink()
+        with pytest.raises(InputError, match="truncated"):
+            pack.read(tmp_path / "out")
+
+
+def test_a_folder_without_an_export(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path, tmp_path / "absent", tmp_path / "file"):
+        with pytest.raises(InputError, match=str(folder)):
+            pack.read(folder)
+    with pytest.raises(InputError, match="cannot be written"):
+        pack.export(Store(tmp_path / "gpu"), tmp_path / "file")
