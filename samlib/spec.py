@@ -196,6 +196,11 @@ class OptimSpec(_Part):
     second_pass_batchnorm: str = _choice(
         "frozen", ("frozen", "update", "eval"), "batch norm at w + eps: running statistics frozen, updated, or used"
     )
+    second_pass: str = _choice(
+        "rounded",
+        ("rounded", "two_products"),
+        "low precision, layers at w + eps: as one product with the sum, or as two, one with w and one with eps",
+    )
     lr: float = _number(0.1, "peak learning rate", above=0)
     momentum: float = _number(0.9, "momentum of SGD", low=0, high=1)
     nesterov: bool = _field(False, "Nesterov momentum")
@@ -261,7 +266,7 @@ class TrainSpec(_Part):
     precision: str = _choice(
         "fp32",
         ("fp32", "tf32", "fp16", "bf16"),
-        "operands of convolutions and matrix products: float32, rounded to TF32 (on a GPU), float16 or bfloat16",
+        "operands of convolutions and matrix products: float32, TF32, float16 or bfloat16; on a CPU emulated",
     )
     loss_scale: float = _number(
         1024.0, "fp16: factor on the loss in the backward pass, taken out of the gradients again", above=0
@@ -304,6 +309,11 @@ class RunSpec:
             raise InputError(
                 "train.logged_loss = 'w+eps' needs an ascent in every step, but optim.ascent_from = "
                 f"{self.optim.ascent_from} and optim.ascent_until = {self.optim.ascent_until}: use 'w'"
+            )
+        if self.optim.second_pass != "rounded" and (self.optim.method == "sgd" or self.train.precision == "fp32"):
+            raise InputError(
+                f"optim.second_pass = {self.optim.second_pass!r} needs optim.method other than sgd and train.precision "
+                "other than fp32: use 'rounded'"
             )
         if self.data.name == "digits":
             self._check_digits()

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "batchnorm": {"errors", "torch"},
     "shards": {"errors", "batchnorm", "torch"},
     "two_products": {"optim", "torch"},
+    "arithmetic": {"errors", "measures", "torch"},
     "measures": {"errors", "batchnorm", "measures", "optim", "perturbation", "torch", "numpy", "scipy"},
     "checks": {"errors", "optim", "perturbation", "torch", "numpy", "scipy"},
     "provenance": {"torch"},

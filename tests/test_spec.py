@@ -40,6 +40,7 @@ DEFAULTS = {
     "optim.ascent_from": 0.0,
     "optim.ascent_until": 1.0,
     "optim.second_pass_batchnorm": "frozen",
+    "optim.second_pass": "rounded",
     "optim.lr": 0.1,
     "optim.momentum": 0.9,
     "optim.nesterov": False,
@@ -195,6 +196,15 @@ def test_every_field_is_documented():
         (lambda: AugmentSpec(crop="mirror"), ["augment.crop", "mirror", "reflect"]),
         (lambda: OptimSpec(warmup=0.1), ["optim.warmup", "0.1", "one_cycle", "cosine"]),
         (lambda: TrainSpec(loss_scale=2.0), ["train.loss_scale", "2.0", "fp16", "fp32"]),
+        (lambda: OptimSpec("sam", second_pass="twice"), ["optim.second_pass", "twice", "two_products"]),
+        (
+            lambda: RunSpec(optim=OptimSpec("sam", second_pass="two_products")),
+            ["optim.second_pass", "two_products", "fp32", "'rounded'"],
+        ),
+        (
+            lambda: RunSpec(optim=OptimSpec(second_pass="two_products"), train=TrainSpec(precision="bf16")),
+            ["optim.second_pass", "sgd", "'rounded'"],
+        ),
         (lambda: DataSpec("mnist"), ["data.name", "mnist", "digits"]),
         (lambda: DataSpec(label_noise=1.5), ["data.label_noise", "1.5", "from 0 to 1"]),
         (lambda: TrainSpec(epochs=2.5), ["train.epochs", "2.5", "whole"]),
