@@ -81,7 +81,7 @@ def judge(claim_id: str, profile: str, store: Store, arms: Sequence[Arm], *, var
     absent = _nothing_to_judge(claim, profile, stem, cells, arms)
     if absent:
         return Verdict(claim_id, NOT_RUN, (), claim.published, digest, False, profile, absent, varied)
-    miniature = not experiments.published_scale(stem, profile)
+    miniature = not experiments.published_scale(stem, profile, claim_id)
     frame = store.frame([arm for arm in arms if arm.cell in cells])
     outcome, parts, notes = RULES[claim_id](frame, miniature)
     met = {REPRODUCED: claim.reproduced_if, NOT_REPRODUCED: claim.not_reproduced_if}.get(outcome, "")

@@ -852,10 +852,21 @@ def f(x: int, *rest, key: str = "a", **more) -> list[int]:
 
 
 def test_another_profile_may_be_bound_later():
-    bound = '"coldenhoff-a-sam-beats-sgd-per-seed": {"quick": ("plain",)}'
-    assert bound in COMPARISON
-    later = COMPARISON.replace(bound, bound.replace("{", '{"gpu": ("resnet18",), ', 1))
-    at = dataclasses.replace(claims.sources(PER_SEED), experiment=later)
+    claim = "foret-long-sgd-does-not-help"
+    bound = f'"{claim}": {{"quick": ("clean",), '
+    later = edited(COMPARISON, bound, f'{bound}"gpu": ("wrn40",), ')
+    at = dataclasses.replace(claims.sources(claim), experiment=later)
+    assert claims.rule_digest(claim, at) == claims.rule_digest(claim)
+    assert claims.rule_digest(claim, at, "gpu") != claims.rule_digest(claim, profile="gpu")
+
+
+def test_cells_of_the_published_scale_are_marked_in_their_binding():
+    """The mark is part of the digest of its profile, and of no other's."""
+    assert experiments.published_scale("sam_vs_sgd", "gpu", PER_SEED)
+    assert not experiments.published_scale("sam_vs_sgd", "quick", PER_SEED)
+    assert not experiments.published_scale("sam_vs_sgd", "gpu")
+    unmarked = edited(COMPARISON, 'AtPublishedScale(("plain",))', '("plain",)')
+    at = dataclasses.replace(claims.sources(PER_SEED), experiment=unmarked)
     assert claims.rule_digest(PER_SEED, at) == claims.rule_digest(PER_SEED)
     assert claims.rule_digest(PER_SEED, at, "gpu") != claims.rule_digest(PER_SEED, profile="gpu")
 

@@ -392,5 +392,12 @@ def test_the_claims_are_decided_on_clean_images_with_ten_seeds_and_a_dense_curve
         assert arm.curves == (rules_of_02.LOSS,)
 
 
-def test_other_profiles_have_no_runs():
-    assert batch_size.arms("gpu") == batch_size.arms("paper") == ()
+@pytest.mark.parametrize("profile", ["gpu", "paper"])
+def test_on_cifar_the_same_claims_are_decided_at_the_sizes_of_the_paper(profile):
+    for claim in CLAIMS:
+        assert batch_size.DECIDES[claim][profile] == ("batch=16", "batch=64", "batch=128")
+    deciding = [arm for arm in batch_size.arms(profile) if arm.cell in batch_size.CIFAR_SIZES]
+    assert {(arm.base.train.batch_size, arm.role) for arm in deciding} == {
+        (size, role) for size in (16, 64, 128) for role in ("sgd", "sam")
+    }
+    assert all(arm.curves == (rules_of_02.LOSS,) and arm.base.train.eval_every == 1 for arm in deciding)
