@@ -40,8 +40,8 @@ another-torch:
 endif
 
 .PHONY: reproduce
-reproduce: env ## train, run the notebooks, build the book, compare with the committed records (PROFILE=quick)
-	@$(PY) scripts/reproduce.py --profile $(PROFILE)
+reproduce: env ## train, run the notebooks, build the book, compare with the committed records (PROFILE=quick TUNING=)
+	@$(PY) scripts/reproduce.py --profile $(PROFILE) $(if $(TUNING),--tuning)
 
 .PHONY: test
 test: env ## all tests: units, the stored notebooks (nbval), the book

@@ -1,4 +1,4 @@
-"""The command line: python -m samlib list | run | show | verify | verdicts | compare | export | publish | bench.
+"""The command line: python -m samlib list | run | import | show | verify | verdicts | compare | export | publish | bench.
 
 Exit codes: 0 fine, 1 a run, a comparison or the bench failed, 2 bad input (nothing was written), 3 a verdict flipped,
 130 interrupted (the same command goes on).
@@ -6,8 +6,11 @@ Exit codes: 0 fine, 1 a run, a comparison or the bench failed, 2 bad input (noth
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -56,8 +59,20 @@ def parser() -> argparse.ArgumentParser:
     run = command("run", run_pending, "Run what is pending.", "runs")
     run.add_argument("--experiment", action="append", metavar="STEM", help="only this experiment (may be repeated)")
     run.add_argument("--only", nargs="+", metavar="KEY", default=[], help="only these keys")
+    run.add_argument("--tuning", action="store_true", help="also the runs on which settings were chosen")
     run.add_argument("--workers", type=int, help="worker processes (default: one per core, one on a GPU)")
     run.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    run.add_argument("--time-limit", metavar="9m", help="stop in time, and go on with the same command: 90s, 1h30m")
+    run.add_argument("--known", nargs="+", metavar="DIR", default=[], help="do not run what these stores have")
+    run.add_argument("--export", type=Path, metavar="DIR", help="pack what is finished, and not known, into few files")
+    run.add_argument("--with-checkpoints", action="store_true", help="export the runs in progress too")
+    run.add_argument("--with-weights", action="store_true", help="export the weights of finished runs too")
+    run.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
+    run.add_argument("--probe", action="store_true", help="first measure for a minute how fast this machine is")
+    imported = bare_command("import", import_records, "Add what `run --export` packed to a store.")
+    imported.add_argument("folder", type=Path, metavar="DIR")
+    imported.add_argument("--profile", help="refuse the records of any other (default: that of the export)")
+    imported.add_argument("--store", default="runs", help="results (for maintainers), runs, or a folder such as ./mine")
     command("show", show, "Print one record.", "results").add_argument("key", metavar="KEY")
     verify = command("verify", verify_record, "Run one record again and compare.", "results")
     verify.add_argument("key", metavar="KEY")
@@ -86,9 +101,12 @@ def list_experiments(options: argparse.Namespace) -> int:
     store = open_store(options.profile, options.store)
     for stem in experiments.STEMS:
         specs = experiments.all_specs(options.profile, [stem])
+        tuning = len(experiments.all_specs(options.profile, [stem], tuning=True)) - len(specs)
         left = len(pending(specs, store))
         print(f"{stem}: {experiments.load(stem).TITLE}")
         print(f"  {len(specs)} runs on {options.profile}, {left} of them pending in {options.store}")
+        if tuning:
+            print(f"  {tuning} tuning runs beside them: run --tuning")
         print(f"  decides {', '.join(experiments.load(stem).DECIDES)}")
         if options.keys:
             for row in store.frame(experiments.arms(stem, options.profile)).itertuples():
@@ -99,15 +117,37 @@ def list_experiments(options: argparse.Namespace) -> int:
 def run_pending(options: argparse.Namespace) -> int:
     from samlib import sweep
 
+    began = time.monotonic()
+    limit = estimate.duration(options.time_limit) if options.time_limit else math.inf
     store = open_store(options.profile, options.store)
-    require_device(experiments.check_profile(options.profile), options.device)
-    specs = chosen_specs(options.profile, options.experiment, options.only)
-    summary = sweep.run_all(specs, store, workers=options.workers, device=options.device)
+    known = [known_store(options.profile, name) for name in options.known]
+    if options.probe or not options.dry_run:
+        require_device(options.profile, options.device)
+    specs = chosen_specs(options.profile, options.experiment, options.only, options.tuning)
+    if options.probe:
+        measure_speed(specs, store, known, options.device)
+    if options.dry_run:
+        print_plan(specs, store, known, limit, options)
+        return 0
+    with exported(store, known, options) as refresh:
+        summary = sweep.run_all(
+            specs,
+            store,
+            known,
+            options.workers,
+            options.device,
+            deadline=began + limit - min(MARGIN_SECONDS, MARGIN * limit),
+            speed=speed_under(limit, options.device, [store, *known]),
+            titles=experiments.titles(chosen_arms(options.profile, options.experiment, tuning=True)),
+            after=refresh,
+        )
     total = summary.done + summary.diverged + len(summary.failed)
     print(
         f"{total} runs in {summary.seconds:.0f} s ({summary.done} done, {summary.diverged} diverged, "
-        f"{len(summary.failed)} failed); {len(specs) - total} were there already. Records: {store.folder / 'records'}"
+        f"{len(summary.failed)} failed); {len(specs) - total - summary.left} were there already. Records: {store.folder / 'records'}"
     )
+    if summary.left:
+        print(f"{summary.left} runs are left: the same command goes on")
     for key in summary.failed:
         record = store.load(key)
         print(f"  failed {key}: {(record.error or '').splitlines()[0] if record else ''}", file=sys.stderr)
@@ -164,8 +204,9 @@ def export_tables(options: argparse.Namespace) -> int:
 
 def publish_records(options: argparse.Namespace) -> int:
     source, target = open_store(options.profile, options.store), open_store(options.profile, "results")
-    specs = experiments.all_specs(options.profile)
-    count = publish(specs, source, target)
+    specs = experiments.all_specs(options.profile, tuning=True)
+    reported = {specs_of.key(spec) for spec in experiments.all_specs(options.profile)}
+    count = publish(specs, source, target, kept={specs_of.key(spec) for spec in specs} - reported)
     print(f"{count} records in {target.folder / 'records'}: look at them, run `make refresh`, and commit both")
     return 0
 
@@ -203,9 +244,10 @@ def keep_json(path: str | None, record: dict) -> None:
 # ---------------------------------------------------------------------------------------------- what they share
 
 
-def chosen_specs(profile: str, stems: Sequence[str] | None, keys: Sequence[str]) -> list[Spec]:
-    """The specs of a profile, of some experiments, or with some keys (a measure brings along its run)."""
-    specs = experiments.all_specs(profile, stems or experiments.STEMS)
+def chosen_specs(profile: str, stems: Sequence[str] | None, keys: Sequence[str], tuning: bool = False) -> list[Spec]:
+    """The specs of a profile, of some experiments, or with some keys (a measure brings along its run; a key may be that
+    of a tuning run)."""
+    specs = experiments.all_specs(profile, stems or experiments.STEMS, tuning=tuning or bool(keys))
     if not specs:
         raise InputError(f"profile = {profile!r} has no runs yet: use --profile quick")
     if not keys:

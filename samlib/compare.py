@@ -14,7 +14,7 @@ import pandas as pd
 
 from samlib import claims, experiments
 from samlib.experiments import Arm
-from samlib.spec import CHECKS, CheckSpec, ConnectSpec
+from samlib.spec import CHECKS, CheckSpec, ConnectSpec, key
 from samlib.store import Store
 
 STANDARD_ERRORS = 3.0
@@ -90,11 +90,12 @@ class Comparison:
 
 
 def compare(profile: str, committed: Store, fresh: Store) -> Comparison:
-    """Compares every setting and verdict of a profile."""
+    """Compares every setting and verdict of a profile. Tuning arms of which nothing was run are left out."""
     settings = [
         setting
         for stem in experiments.STEMS
         for arm in experiments.arms(stem, profile)
+        if not (arm.tuning and not_run(arm, fresh))
         for setting in compare_arm(stem, arm, committed, fresh)
     ]
     before, now = ({v.claim: v.outcome for v in claims.verdicts(profile, store)} for store in (committed, fresh))
@@ -114,6 +115,10 @@ def compare_arm(stem: str, arm: Arm, committed: Store, fresh: Store) -> Iterator
         mean = float(new.mean()) if set(old.index) == set(new.index) else math.nan
         name = (stem, arm.cell, arm.role, metric)
         yield Setting(*name, len(old), float(old.mean()), mean, tolerance, decisive=not arm.tuning)
+
+
+def not_run(arm: Arm, store: Store) -> bool:
+    return not any(store.record_path(key(member)).exists() for member in arm.specs)
 
 
 def compared_metrics(arm: Arm) -> Sequence[str]:

@@ -136,7 +136,8 @@ def _milliseconds_per_step(frame: pd.DataFrame, cell: str, role: str) -> list[fl
 
 def machines(study: Study, **pick: Sequence[str]) -> str:
     """What the finished runs were made on, as their records say: device, and threads per run."""
-    made = (study.store.load(key).environment for key in finished(study.frame(**pick))["key"])
+    records = (study.store.load(key) for key in finished(study.frame(**pick))["key"])
+    made = (record.environment for record in records if record is not None)  # tuning runs may lie elsewhere
     found = sorted({f"{one['device']}, threads per run: {one['threads']}" for one in made})
     return "; ".join(found) or "no finished runs"
 
@@ -200,17 +201,25 @@ def settings(study: Study, **pick: Sequence[str]) -> pd.DataFrame:
 
 
 def common_settings(study: Study, **pick: Sequence[str]) -> str:
-    """The fields in which all these arms agree."""
+    """The fields in which all these arms agree; augmentation where there is any."""
     frame = study.frame(**pick)
     fields = [field for field in spec_fields(frame) if frame[field].nunique(dropna=False) == 1]
+    if not any(frame[field].iloc[0] not in (False, "none", 0) for field in fields if field.startswith("augment.")):
+        fields = [field for field in fields if not field.startswith("augment.")]
     return textwrap.fill(", ".join(f"{field} = {frame[field].iloc[0]}" for field in fields), PAGE_WIDTH)
 
 
 def tuning_text(study: Study, choices: Iterable[Choice]) -> str:
-    """One block per choice: what the rule gives, and the worst validation accuracy over the dev seeds of each value."""
+    """One block per choice: what the rule gives, and the worst validation accuracy over the dev seeds of each value.
+
+    From the committed records where these runs were not made anew, which is said."""
+    choices = list(choices)
+    anew = any(study.has(arm) for choice in choices for arm in choice.arms)
     lines = ["value: worst validation accuracy over the dev seeds, in percent"]
+    if not anew:
+        lines.append("(committed records: these runs were not made anew; `make reproduce TUNING=1` makes them)")
     for choice in choices:
-        rows = finished(study.store.frame(choice.arms)).to_dict("records")
+        rows = finished((study.store if anew else study.committed).frame(choice.arms)).to_dict("records")
         found = tuning.validation_accuracies(rows, choice.field)
         chosen = f"{tuning.choose(found):g}" if found else "missing"
         lines.append(f"{choice.cell}, {choice.method}, {choice.field}: best by its worst seed {chosen}")

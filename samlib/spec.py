@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from samlib.errors import InputError
@@ -504,6 +505,13 @@ def canonical(spec: Spec) -> dict[str, Any]:
 
 def key(spec: Spec) -> str:
     """16 hex digits that name the spec and its record."""
+    if isinstance(spec, CheckSpec):  # its settings are free: 2 and 2.0 are equal, and written differently
+        return _digest(canonical(spec))
+    return _cached_key(spec)
+
+
+@lru_cache(maxsize=1 << 14)  # a page has a few thousand specs and asks for their keys again and again
+def _cached_key(spec: Spec) -> str:
     return _digest(canonical(spec))
 
 

@@ -4,6 +4,7 @@ results/<profile>/records/<key>.json        committed, read-only
 runs/<profile>/records/<key>.json           working store, git-ignored
 runs/<profile>/weights/<key>.pt             weights of finished runs, so that a new measure needs no retraining
 runs/<profile>/checkpoints/<key>.pt         a run in progress
+runs/<profile>/probe.json                   how fast machines were found to be
 runs/<profile>/aside/                       files that could not be used, moved out of the way
 """
 
@@ -12,6 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,32 @@ class Store:
 
     def checkpoint_path(self, key: str) -> Path:
         return self.folder / "checkpoints" / f"{key}.pt"
+
+    @property
+    def probe_path(self) -> Path:
+        return self.folder / "probe.json"
+
+    def probes(self) -> list[dict[str, Any]]:
+        """What probes of the speed of machines have found here, the oldest first; empty where nothing can be read."""
+        try:
+            return json.loads(self.probe_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+
+    def save_probes(self, found: Sequence[dict[str, Any]]) -> None:
+        write_text(self.probe_path, json.dumps(found, indent=1) + "\n")
+
+    def adopt(self, key: str, known: Sequence["Store"]) -> None:
+        """Takes over the record of a finished run, and its weights if they are there, from the first store that has it;
+        a run that this store has itself stays as it is."""
+        if finished(self, key):
+            return
+        for place in known:
+            if finished(place, key):
+                self.save(place.load(key))
+                if place.weights_path(key).exists() and not self.weights_path(key).exists():
+                    write_bytes(self.weights_path(key), place.weights_path(key).read_bytes())
+                return
 
     def load(self, key: str) -> Record | None:
         """The record of a key; None where there is none.
@@ -299,7 +327,7 @@ def parse(text: str, path: Path, key: str) -> Record:
         )
     try:
         record = Record(**data)
-        actual = specs_of.key(specs_of.from_canonical(record.spec))
+        actual = _key_of(json.dumps(record.spec, sort_keys=True))
     except (TypeError, ValueError, AttributeError, OverflowError) as error:  # JSON of any form may stand in a spec
         raise RecordError(f"record {path} does not fit this samlib ({error}): move it away and run again") from error
     if not actual == record.key == key:
@@ -311,6 +339,12 @@ def parse(text: str, path: Path, key: str) -> Record:
     if unfit := _unfit_fields(record):
         raise RecordError(f"record {path} has no numbers where they belong, in {', '.join(unfit)}: run it again")
     return record
+
+
+@lru_cache(maxsize=1 << 14)  # a verdict reads the same records again and again
+def _key_of(text: str) -> str:
+    """The key of a canonical spec, given as JSON."""
+    return specs_of.key(specs_of.from_canonical(json.loads(text)))
 
 
 def _unfit_fields(record: Record) -> list[str]:

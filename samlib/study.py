@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from samlib import experiments, published, store, sweep
+from samlib import spec as specs_of
 from samlib.claims import Verdict, judge
 from samlib.errors import InputError
 from samlib.experiments import Arm
@@ -34,8 +35,20 @@ class Study:
         )
 
     def frame(self, cells: Sequence[str] | None = None, roles: Sequence[str] | None = None) -> pd.DataFrame:
-        """One row per run; see `Store.frame`."""
-        return self.store.frame(self.pick(cells, roles))
+        """One row per run; see `Store.frame`. Tuning runs that were not made here are the committed ones."""
+        arms = self.pick(cells, roles)
+        elsewhere = [arm for arm in arms if arm.tuning and not self.has(arm)]
+        here = self.store.frame([arm for arm in arms if arm not in elsewhere])
+        return pd.concat([here, self.committed.frame(elsewhere)], ignore_index=True) if elsewhere else here
+
+    @property
+    def committed(self) -> Store:
+        """The committed records of the profile."""
+        return store.open_store(self.profile, "results")
+
+    def has(self, arm: Arm) -> bool:
+        """Whether this store has a record of an arm."""
+        return any(self.store.record_path(specs_of.key(member)).exists() for member in arm.specs)
 
     def history(self, cells: Sequence[str] | None = None, roles: Sequence[str] | None = None) -> pd.DataFrame:
         """One row per evaluated epoch; see `Store.history`."""
@@ -75,8 +88,8 @@ def open_study(
     overrides: Mapping[str, Any] | None = None,
 ) -> Study:
     """The study of one experiment. With the store 'results' it only reads; with 'runs', or a folder of your own, it
-    first trains what is absent. An experiment without runs on a profile is shown from the committed quick records, and
-    says so.
+    first trains what is absent, tuning runs apart. An experiment without runs on a profile is shown from the committed
+    quick records, and says so.
 
     Raises:
         InputError: unknown experiment, profile, store, seed or field; nothing has run by then.
@@ -89,7 +102,7 @@ def open_study(
         return open_study(stem)
     opened = store.open_store(profile, store_name)
     if opened.writable:
-        sweep.run_all(experiments.specs(arms), opened)
+        sweep.run_all(experiments.specs([arm for arm in arms if not arm.tuning]), opened)
     return Study(stem, profile, opened, arms, varied=seeds is not None or bool(overrides))
 
 

@@ -1,6 +1,7 @@
 """The whole study on one profile: train, run the notebooks, build the book, compare with the committed records.
 
     make reproduce PROFILE=quick
+    make reproduce TUNING=1                                   also the runs on which settings were chosen
     .venv/bin/python scripts/reproduce.py --profile quick      the same, once `make env` has run, with the exit code
 
 Everything goes below runs/PROFILE. Finished runs are kept, so that the same command goes on after an interruption.
@@ -76,12 +77,12 @@ def interrupt(number: int, _frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def steps(profile: str, runs: Path) -> list[Step]:
+def steps(profile: str, runs: Path, tuning: bool = False) -> list[Step]:
     notebooks, book = str(runs / "notebooks"), str(runs / "book")
     samlib = ("-m", "samlib")
     here = ("--profile", profile, "--store", "runs")
     return [
-        Step("train what is missing", (*samlib, "run", *here)),
+        Step("train what is missing", (*samlib, "run", *here, *(["--tuning"] if tuning else []))),
         Step("run the notebooks", ("notebooks/execute.py", *here, "--out", notebooks)),
         Step("build the book", ("book/build.py", "--notebooks", notebooks, *here, "--out", book)),
         Step("decide the claims and compare with the committed records", (*samlib, "compare", *here), verdict=True),
@@ -91,7 +92,9 @@ def steps(profile: str, runs: Path) -> list[Step]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="reproduce.py", description="reproduce the study on one profile")
     parser.add_argument("--profile", default="quick", help="quick, gpu or paper")
-    profile = parser.parse_args(argv).profile
+    parser.add_argument("--tuning", action="store_true", help="also the runs on which settings were chosen")
+    options = parser.parse_args(argv)
+    profile = options.profile
     try:
         check_profile(profile)
     except InputError as error:
@@ -102,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     note.unlink(missing_ok=True)
     started = time.time()
     try:
-        code = run_steps(steps(profile, runs), variables(profile))
+        code = run_steps(steps(profile, runs, options.tuning), variables(profile))
     except KeyboardInterrupt:
         print(f"\ninterrupted: `make reproduce PROFILE={profile}` goes on from here", file=sys.stderr)
         return INTERRUPTED

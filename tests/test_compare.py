@@ -99,6 +99,16 @@ def test_a_deviation_of_tuning_runs_decides_nothing(copy):
     assert "decides nothing" in found.report()
 
 
+def test_tuning_arms_of_which_nothing_was_run_are_left_out(copy):
+    committed, fresh = copy
+    for row in fresh.frame(arms("tuning clean", "sgd lr=0.1")).itertuples():
+        fresh.record_path(row.key).unlink()
+    found = compare("quick", committed, fresh)
+    assert found.exit_code == OK
+    of_arm = [s.stem for s in found.settings if (s.cell, s.role) == ("tuning clean", "sgd lr=0.1")]
+    assert set(of_arm) == {"batch_size"}  # its arm of this name is another
+
+
 def test_the_tolerance_is_inclusive():
     assert Setting("s", "c", "r", "m", 3, 1.0, 1.5, 0.5).agrees
     assert not Setting("s", "c", "r", "m", 3, 1.0, 1.51, 0.5).agrees

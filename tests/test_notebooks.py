@@ -245,7 +245,19 @@ def test_the_text_of_the_tuning_holds_the_rule_and_its_numbers():
 
 def test_a_choice_without_records_is_missing(tmp_path):
     empty = dataclasses.replace(open_study("sam_vs_sgd"), store=Store(tmp_path))
-    assert "best by its worst seed missing" in report.tuning_text(empty, sam_vs_sgd.TUNING[:1])
+    lines = report.tuning_text(empty, sam_vs_sgd.TUNING[:1]).splitlines()
+    assert "committed records" in lines[1]
+    assert [lines[0], *lines[2:]] == report.tuning_text(open_study("sam_vs_sgd"), sam_vs_sgd.TUNING[:1]).splitlines()
+
+
+def test_a_study_that_made_no_tuning_runs_shows_the_committed_ones_and_no_others(tmp_path):
+    committed = open_study("sam_vs_sgd")
+    empty = dataclasses.replace(committed, store=Store(tmp_path))
+    status = empty.frame().groupby("cell")["status"].unique().map(set)
+    assert {cell: found for cell, found in status.items() if cell.startswith("tuning")}
+    for cell, found in status.items():
+        assert found == ({"done"} if cell.startswith("tuning") else {"missing"})
+    assert list(empty.frame()["key"]) == list(committed.frame()["key"])
 
 
 def test_arms_that_differ_in_rho_alone_have_a_table():

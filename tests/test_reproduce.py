@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import reproduce
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
 
 
 def ending(code: int, *, verdict: bool = False, then: str = "pass"):
@@ -25,7 +26,7 @@ def chain(tmp_path, monkeypatch):
     monkeypatch.setenv("SAMLIB_ROOT", str(tmp_path))
 
     def run(*steps):
-        monkeypatch.setattr(reproduce, "steps", lambda profile, runs: list(steps))
+        monkeypatch.setattr(reproduce, "steps", lambda *_: list(steps))
         code = reproduce.main(["--profile", "quick"])
         note = tmp_path / "runs" / "quick" / "exit_code"
         return code, note.read_text() if note.exists() else None
@@ -47,6 +48,13 @@ def test_only_the_comparison_may_end_with_3():
 def test_the_outcome_is_returned_noted_and_printed(chain, capsys, code):
     assert chain(ending(0), ending(code, verdict=True)) == (code, f"{code}\n")
     assert f"(exit code {code})" in capsys.readouterr().out
+
+
+def test_tuning_runs_are_made_on_request():
+    first, asked = (reproduce.steps("quick", Path("runs"), tuning)[0].arguments for tuning in (False, True))
+    assert asked == (*first, "--tuning")
+    made = subprocess.run(["make", "-n", "reproduce", "TUNING=1"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "reproduce.py --profile quick --tuning" in made.stdout
 
 
 def test_no_step_runs_after_a_failed_one(chain, tmp_path):
@@ -117,7 +125,7 @@ import signal, sys
 sys.path.insert(0, {str(SCRIPTS)!r})
 import reproduce
 signal.signal(signal.SIGTERM, reproduce.interrupt)
-reproduce.steps = lambda profile, runs: [reproduce.Step("long", ("-c", {step!r}))]
+reproduce.steps = lambda *_: [reproduce.Step("long", ("-c", {step!r}))]
 sys.exit(reproduce.main([]))
 """
     process = subprocess.Popen([sys.executable, "-c", driver], stderr=subprocess.PIPE, text=True)

@@ -323,6 +323,17 @@ def test_publishing_takes_a_complete_run_of_committed_code_and_nothing_else(stor
     assert target.recorded() == sorted(specs_of.key(spec) for spec in specs)
 
 
+def test_publishing_keeps_what_may_be_absent_and_is_there_already(store, tmp_path):
+    target, specs = Store(tmp_path / "results"), [RunSpec(seed=seed) for seed in range(3)]
+    store.save(record(specs[0], environment={"dirty": False}))
+    kept = [specs_of.key(spec) for spec in specs[1:]]
+    target.save(record(specs[1], environment={"dirty": False}))
+    with pytest.raises(InputError, match="lacks 1 finished runs of 3"):
+        publish(specs, store, target, kept)
+    target.save(record(specs[2], environment={"dirty": False}))
+    assert publish(specs, store, target, kept) == 3
+
+
 def test_files_are_readable_by_others(store):
     mode = stat.S_IMODE(os.stat(store.save(record())).st_mode)
     assert mode & stat.S_IRUSR

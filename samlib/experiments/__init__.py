@@ -45,7 +45,8 @@ class Arm:
     `base` is the spec of which every member is a copy with its own seed and `epochs_factor` times the epochs (a factor
     and not a number, so that a reader's variation of the epochs keeps 'twice' and 'half' true). `measures` are
     templates: each is taken of every member, with the member's key as its parent. A `tuning` arm is one on which
-    settings were chosen: it decides no claim, and a reader's variation leaves it as it is. `curves` names columns of
+    settings were chosen: it decides no claim, runs only where that is asked for, and a reader's variation leaves it as
+    it is. `curves` names columns of
     the history for rules about a whole curve: each of their values is a column of the frame too. Where time is short,
     arms of a lower `priority` run first, seed by seed.
     """
@@ -172,9 +173,36 @@ def specs(arms: Sequence[Arm]) -> list[Spec]:
     return list(found.values())
 
 
-def all_specs(profile: str, stems: Sequence[str] = STEMS) -> list[Spec]:
-    """Every spec of a profile once, in the order of the experiments."""
-    return specs([arm for stem in stems for arm in arms(stem, profile)])
+def in_order_of_worth(arms: Sequence[Arm]) -> list[Spec]:
+    """Every spec of the arms once, in the order in which they are worth their time where it is short: arms of a lower
+    priority first, among these seed by seed, so that paired comparisons are complete early, and each measure and path
+    right after the runs it needs."""
+    by_key = {specs_of.key(spec): spec for spec in specs(arms)}
+    members = [(arm, member) for arm in arms for member in arm.specs]
+    found: dict[str, Spec] = {}
+    for arm, member in sorted(members, key=lambda pair: (pair[0].priority, pair[1].seed)):
+        parents = (by_key[parent] for parent in specs_of.parents(member))
+        for spec in (*parents, member, *arm.measures_of(member)):
+            found.setdefault(specs_of.key(spec), spec)
+    return list(found.values())
+
+
+def titles(stem: str, arms: Sequence[Arm]) -> dict[str, str]:
+    """Key -> what it is: experiment, cell, role and seed, and what is measured of a member."""
+    found: dict[str, str] = {}
+    for arm in arms:
+        for member in arm.specs:
+            title = f"{stem} / {arm.cell} / {arm.role}, seed {member.seed}"
+            found.setdefault(specs_of.key(member), title)
+            for measured in arm.measures_of(member):
+                found.setdefault(specs_of.key(measured), f"{title}: {measured.column}")
+    return found
+
+
+def all_specs(profile: str, stems: Sequence[str] = STEMS, tuning: bool = False) -> list[Spec]:
+    """Every spec of a profile once, in the order of the experiments; with `tuning` also those of the tuning arms, which
+    decide nothing and whose committed records stand in for them."""
+    return specs([arm for stem in stems for arm in arms(stem, profile) if tuning or not arm.tuning])
 
 
 def decides(claim: str, profile: str) -> tuple[str | None, tuple[str, ...]]:
