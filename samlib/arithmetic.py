@@ -179,7 +179,7 @@ def _as_it_is(x: Tensor) -> Tensor:
 _PRODUCTS = {
     *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
     *(torch.matmul, torch.mm, torch.bmm),
-    *(Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm),
+    *(Tensor.matmul, Tensor.mm, Tensor.bmm),  # `@` arrives as Tensor.matmul
 }
 _FORMATS = {
     "tf32": _Format(_Operand.apply, _as_it_is, _Result.apply),

@@ -1,6 +1,7 @@
 """Arithmetic: rounding against NumPy, whole passes against PyTorch's own autocast, and the switches of a GPU."""
 
 import copy
+import operator
 from contextlib import nullcontext
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_the_backward_pass_rounds_its_operands(precision):
     rng = np.random.default_rng(1)
     x, w, b, g = (
         rng.integers(-(2**size), 2**size, shape).astype(np.float32) * np.float32(2.0**-size)
-        for shape, size in (((6, 4), 12), ((3, 4), 6), ((3,), 12), ((6, 3), 12))
+        for shape, size in (((6, 4), 12), ((8, 4), 6), ((8,), 14), ((6, 8), 12))
     )
     tensors = [torch.tensor(t, requires_grad=True) for t in (x, w, b)]
     with arithmetic(precision, CPU):
@@ -107,7 +108,8 @@ PRODUCTS = {
     "conv3d": (F.conv3d, (1, 2, 3, 3, 3), (2, 2, 2, 1, 2), (2,)),
     "conv_transpose2d": (F.conv_transpose2d, (2, 3, 4, 4), (3, 2, 2, 2), (2,)),
     "matmul": (torch.matmul, (2, 3, 4), (4, 5)),
-    "@": (torch.Tensor.__matmul__, (3, 4), (4, 5)),
+    "@": (operator.matmul, (3, 4), (4, 5)),
+    "method mm": (torch.Tensor.mm, (3, 4), (4, 5)),
     "mm": (torch.mm, (3, 4), (4, 5)),
     "bmm": (torch.bmm, (2, 3, 4), (2, 4, 5)),
 }
@@ -232,12 +234,12 @@ def test_other_types_and_other_functions_are_left_alone(precision):
 
 
 def test_arguments_by_keyword_are_rounded_and_nothing_else_is():
-    x, w = torch.full((1, 1, 3), 1 + 2.0**-12), torch.ones(1, 1, 2)
+    x, w, bias = torch.full((1, 1, 3), 1 + 2.0**-12), torch.ones(1, 1, 2), torch.tensor([1 + 2.0**-12])
     with arithmetic("tf32", CPU):
-        assert F.conv1d(weight=w, input=x, bias=torch.full((1,), 2.0**-12), stride=2).tolist() == [[[2 + 2.0**-12]]]
-        assert F.conv1d(x, w, torch.full((1,), 2.0**-12)).tolist() == [[[2 + 2.0**-12] * 2]]
+        assert F.conv1d(weight=w, input=x, bias=bias, stride=2).tolist() == [[[3 + 2.0**-12]]]
+        assert F.conv1d(x, w, bias).tolist() == [[[3 + 2.0**-12] * 2]]
     with arithmetic("bf16", CPU):
-        assert F.conv1d(x, w, bias=torch.full((1,), 1 + 2.0**-12), padding=1).tolist() == [[[2.0, 3.0, 3.0, 2.0]]]
+        assert F.conv1d(x, w, bias=bias, padding=1).tolist() == [[[2.0, 3.0, 3.0, 2.0]]]
 
 
 def test_fp32_on_a_cpu_changes_no_bit():
