@@ -1,4 +1,5 @@
-"""The command line: python -m samlib list | run | import | show | verify | verdicts | compare | export | publish | bench.
+"""The command line: python -m samlib list | run | import | show | verify | verdicts | compare | export | publish |
+bench.
 
 Exit codes: 0 fine, 1 a run, a comparison or the bench failed, 2 bad input (nothing was written), 3 a verdict flipped,
 130 interrupted (the same command goes on).
@@ -15,13 +16,16 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from samlib import experiments
+from samlib import estimate, experiments, pack
 from samlib import spec as specs_of
 from samlib.errors import InputError
+from samlib.experiments import Arm
 from samlib.spec import Spec
-from samlib.store import Record, Store, open_store, pending, publish
+from samlib.store import Record, Store, known_store, open_store, pending, publish
 
 INPUT_ERROR, INTERRUPTED = 2, 130
+MARGIN, MARGIN_SECONDS = 0.05, 15.0  # of a time limit, and at most: what is left for the last checkpoint and the export
+EXPORT_SECONDS = 10.0  # between two exports of a sweep that goes on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,9 +119,9 @@ def list_experiments(options: argparse.Namespace) -> int:
 
 
 def run_pending(options: argparse.Namespace) -> int:
+    began = time.monotonic()
     from samlib import sweep
 
-    began = time.monotonic()
     limit = estimate.duration(options.time_limit) if options.time_limit else math.inf
     store = open_store(options.profile, options.store)
     known = [known_store(options.profile, name) for name in options.known]
@@ -137,14 +141,15 @@ def run_pending(options: argparse.Namespace) -> int:
             options.workers,
             options.device,
             deadline=began + limit - min(MARGIN_SECONDS, MARGIN * limit),
-            speed=speed_under(limit, options.device, [store, *known]),
+            speed=known_speed(options.device, [store, *known]) if limit < math.inf else None,
             titles=experiments.titles(chosen_arms(options.profile, options.experiment, tuning=True)),
             after=refresh,
         )
     total = summary.done + summary.diverged + len(summary.failed)
     print(
         f"{total} runs in {summary.seconds:.0f} s ({summary.done} done, {summary.diverged} diverged, "
-        f"{len(summary.failed)} failed); {len(specs) - total - summary.left} were there already. Records: {store.folder / 'records'}"
+        f"{len(summary.failed)} failed); {len(specs) - total - summary.left} were there already. "
+        f"Records: {store.folder / 'records'}"
     )
     if summary.left:
         print(f"{summary.left} runs are left: the same command goes on")
@@ -152,6 +157,73 @@ def run_pending(options: argparse.Namespace) -> int:
         record = store.load(key)
         print(f"  failed {key}: {(record.error or '').splitlines()[0] if record else ''}", file=sys.stderr)
     return 1 if summary.failed else 0
+
+
+def known_speed(device: str | None, stores: Sequence[Store]) -> estimate.Speed:
+    from samlib import probe  # imports torch
+
+    return probe.speed(device, stores)
+
+
+def print_plan(
+    specs: Sequence[Spec], store: Store, known: Sequence[Store], limit: float, options: argparse.Namespace
+) -> None:
+    from samlib import sweep
+
+    speed = known_speed(options.device, [store, *known])
+    speed.know(specs)
+    trained = [key for place in (store, *known) for key in place.trained()]
+    arms = chosen_arms(options.profile, options.experiment, tuning=True)
+    rows = estimate.plan(arms, sweep.parents_first(pending(specs, store, known)), speed, trained, limit)
+    print(f"{options.profile} on {speed.device}, {len(specs)} runs in all")
+    print(estimate.report(rows, options.profile, limit))
+
+
+def measure_speed(specs: Sequence[Spec], store: Store, known: Sequence[Store], device: str | None) -> None:
+    from samlib import probe, sweep
+
+    store.check_writable()
+    sweep.put_aside_unusable(store)
+    with sweep.one_thread():
+        for line in probe.probe(pending(specs, store, known), store, device):
+            print(line, flush=True)
+
+
+@contextmanager
+def exported(
+    store: Store, known: Sequence[Store], options: argparse.Namespace
+) -> Iterator[Callable[[Record], None] | None]:
+    """Packs what is finished, if that is asked for: the records now and then, by the function that is handed out, and
+    all of it in the end, come it early or not."""
+    if options.export is None:
+        if options.with_checkpoints or options.with_weights:
+            raise InputError("with-checkpoints and with-weights say what is packed: name a folder with --export too")
+        yield None
+        return
+    store.check_writable()
+    pack.export(store, options.export, known)  # a folder that cannot be written is found out now
+    packed = time.monotonic()
+
+    def refresh(_: Record) -> None:
+        nonlocal packed
+        if time.monotonic() - packed > EXPORT_SECONDS:
+            pack.export(store, options.export, known)
+            packed = time.monotonic()
+
+    try:
+        yield refresh
+    finally:
+        wanted = {"checkpoints": options.with_checkpoints, "weights": options.with_weights}
+        print(f"{options.export}: {pack.export(store, options.export, known, **wanted)}")
+
+
+def import_records(options: argparse.Namespace) -> int:
+    cargo = pack.read(options.folder)
+    if options.profile not in (None, cargo.profile):
+        raise InputError(f"profile = {options.profile!r}: {options.folder} holds records of {cargo.profile}")
+    target = open_store(cargo.profile, options.store)
+    print(f"{target.folder}: {pack.merge(cargo, target)}")
+    return 0
 
 
 def show(options: argparse.Namespace) -> int:
@@ -244,10 +316,17 @@ def keep_json(path: str | None, record: dict) -> None:
 # ---------------------------------------------------------------------------------------------- what they share
 
 
+def chosen_arms(profile: str, stems: Sequence[str] | None, tuning: bool) -> list[tuple[str, Arm]]:
+    """The arms of a profile, or of some experiments, with the name of the experiment."""
+    found = [(stem, arm) for stem in stems or experiments.STEMS for arm in experiments.arms(stem, profile)]
+    return [(stem, arm) for stem, arm in found if tuning or not arm.tuning]
+
+
 def chosen_specs(profile: str, stems: Sequence[str] | None, keys: Sequence[str], tuning: bool = False) -> list[Spec]:
     """The specs of a profile, of some experiments, or with some keys (a measure brings along its run; a key may be that
-    of a tuning run)."""
-    specs = experiments.all_specs(profile, stems or experiments.STEMS, tuning=tuning or bool(keys))
+    of a tuning run), those first that are worth most where time is short."""
+    arms = chosen_arms(profile, stems, tuning=tuning or bool(keys))
+    specs = experiments.in_order_of_worth([arm for _, arm in arms])
     if not specs:
         raise InputError(f"profile = {profile!r} has no runs yet: use --profile quick")
     if not keys:

@@ -21,7 +21,7 @@ import pandas as pd
 
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.experiments import Arm, check_profile
+from samlib.experiments import PROFILES, Arm, check_profile
 from samlib.spec import CHECKS, CheckSpec, ConnectSpec, MeasureSpec, RunSpec, Spec
 
 SCHEMA = 1  # version of the record's form
@@ -111,6 +111,28 @@ def open_store(profile: str, store: str | Path = "results") -> "Store":
     return Store(folder / profile, writable=not committed)
 
 
+def known_store(profile: str, name: str) -> "Store":
+    """A store that is only read: as for `open_store`, or the folder of the profile itself (`results/gpu`), which need
+    not be there yet.
+
+    Raises:
+        InputError: no such folder, or one whose name leaves open which is meant.
+    """
+    if name in STORES:
+        return open_store(profile, name)
+    folder = Path(name).expanduser()
+    if not folder.is_absolute() and folder.parts[:1] and folder.parts[0] in STORES:
+        folder = project_root() / folder
+    within, is_profile = (folder / profile).is_dir(), folder.name == profile
+    if folder.name in PROFILES and not is_profile:
+        raise InputError(f"known = {name!r} is of the profile {folder.name}, not of {profile}: name its own")
+    if is_profile and within:
+        raise InputError(f"known = {name!r} holds a folder {profile} and is called so too: name {folder / profile}")
+    if not (folder.is_dir() or (is_profile and folder.parent.is_dir())):
+        raise InputError(f"known = {name!r} is no folder: name a store, such as results or results/{profile}")
+    return Store(folder if is_profile else folder / profile)
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """The records of one profile below one folder."""
@@ -179,6 +201,10 @@ class Store:
 
     def recorded(self) -> list[str]:
         return sorted(path.stem for path in (self.folder / "records").glob("*.json"))
+
+    def trained(self) -> list[str]:
+        """The keys of the runs whose weights are here."""
+        return sorted(path.stem for path in (self.folder / "weights").glob("*.pt"))
 
     def records(self) -> Iterator[Record]:
         yield from (record for key in self.recorded() if (record := self.load(key)) is not None)

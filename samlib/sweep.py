@@ -1,7 +1,8 @@
 """Runs many specs: in this process, or in a bounded pool of worker processes with one torch thread each.
 
 What is finished is on disk at once, so a sweep can be stopped anywhere (Ctrl-C, kill, power) and the same command goes
-on. PyTorch is imported only when something has to run.
+on. In one process each measure follows the runs it needs, and there may be a deadline. PyTorch is imported only when
+something has to run.
 """
 
 import math
@@ -12,32 +13,37 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import StringIO
 from multiprocessing.connection import wait as wait_for
 
 from tqdm import tqdm
 
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, RunSpec, Spec
-from samlib.store import NUMERICS, Record, RecordError, Store, pending
+from samlib.estimate import Speed
+from samlib.spec import RunSpec, Spec
+from samlib.store import NUMERICS, Record, RecordError, Store, parent_run, pending
 
 POLL_SECONDS = 0.2  # between two looks at whether Ctrl-C was pressed
 POOL_RESTARTS = 2  # a worker may be killed from outside; the same sweep starts a new pool this often
+SAFETY = 1.2  # times its estimate must be left before anything is begun that cannot be gone on with
+LINE_SECONDS = 15.0  # between two lines of progress where standard error is no terminal
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(slots=True)
 class Summary:
-    """What a sweep did: how many runs ended in which status, and the keys of those that failed."""
+    """What a sweep did: how many runs ended in which status, the keys of those that failed, and how many were left."""
 
     done: int = 0
     diverged: int = 0
     failed: list[str] = field(default_factory=list)
+    left: int = 0
     seconds: float = 0.0
 
     def add(self, record: Record) -> None:
@@ -56,11 +62,21 @@ def run_all(
     known: Sequence[Store] = (),
     workers: int | None = None,
     device: str | None = None,
+    *,
+    deadline: float = math.inf,
+    speed: Speed | None = None,
+    titles: Mapping[str, str] | None = None,
+    after: Callable[[Record], None] | None = None,
 ) -> Summary:
     """Runs every spec that has no usable record in `store` or in the stores `known`.
 
     Args:
         workers: processes, by default one per core on a CPU and one on a GPU; 1 runs in this process.
+        deadline: the value of `time.monotonic()` at which to stop, in one process. A training that is cut goes on in
+            the next sweep; what cannot go on is begun only if it is expected to end in time.
+        speed: what is known of this machine, for these estimates.
+        titles: what to call a run while it runs, by key.
+        after: called with each record.
 
     Raises:
         InputError: the store cannot be written, or a spec asks for what this machine does not have. Records finished
@@ -69,15 +85,29 @@ def run_all(
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers = {workers}: use 1 or more")
+    if deadline < math.inf and workers not in (None, 1):
+        raise InputError(f"workers = {workers}: a sweep under a time limit runs in one process; leave it out")
     store.check_writable()
     put_aside_unusable(store)
     summary, started = Summary(), time.perf_counter()
     todo = pending(specs, store, known)
     if todo:
-        with progress(todo) as bar:
-            for record in _run(todo, store, workers or default_workers(device, len(todo)), device):
+        for spec in todo:  # their weights are trained again where they are gone
+            for key in specs_of.parents(spec):
+                store.adopt(key, known)
+        clock = Clock(deadline, speed or Speed())
+        clock.speed.know(specs)
+        workers = 1 if deadline < math.inf else workers or default_workers(device, len(todo))
+        with Progress(todo, clock, titles or {}) as progress:
+            here = workers == 1
+            for record in (
+                _run_here(todo, store, device, clock, progress) if here else _run(todo, store, workers, device)
+            ):
                 summary.add(record)
-                bar(record)
+                progress.end(record)
+                if after is not None:
+                    after(record)
+        summary.left = len(todo) - progress.ended
     summary.seconds = time.perf_counter() - started
     return summary
 
@@ -92,7 +122,8 @@ def put_aside_unusable(store: Store) -> None:
 
 
 def waves(specs: Sequence[Spec]) -> list[list[Spec]]:
-    """Runs and checks first, then the measures and paths: each needs the models of one run or two."""
+    """Runs and checks first, then the measures and paths: each needs the models of one run or two. Of one wave any
+    number can run at a time."""
     first = [spec for spec in specs if not specs_of.parents(spec)]
     then = [spec for spec in specs if specs_of.parents(spec)]
     return [wave for wave in (first, then) if wave]
@@ -107,14 +138,101 @@ def default_workers(device: str | None, runs: int) -> int:
     return 1 if on_gpu else max(1, min(cores, runs))
 
 
-# ---------------------------------------------------------------------------------------------- one or more processes
+def parents_first(specs: Sequence[Spec]) -> list[Spec]:
+    """The same order but for runs that measures and paths need: these come before."""
+    by_key = {specs_of.key(spec): spec for spec in specs}
+    found: dict[str, Spec] = {}
+    for key, spec in by_key.items():
+        for needed in (*specs_of.parents(spec), key):
+            if needed in by_key:
+                found.setdefault(needed, by_key[needed])
+    return list(found.values())
+
+
+# ---------------------------------------------------------------------------------------------- in this process
+
+
+@dataclass(slots=True)
+class Clock:
+    """When a sweep has to end, and what is known of how long runs take."""
+
+    deadline: float = math.inf
+    speed: Speed = field(default_factory=Speed)
+    setup: float = 0.0  # seconds before the first step of a training, the longest that was seen
+
+    @property
+    def runs_out(self) -> bool:
+        return self.deadline < math.inf
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def allows(self, spec: Spec) -> bool:
+        """Whether a run may be begun: a training for as long as it can take a step, since it goes on where it was cut;
+        anything else if it is expected to end in time."""
+        if not self.runs_out:
+            return True
+        needed = 0.0 if isinstance(spec, RunSpec) else SAFETY * self.speed.estimate(spec).seconds
+        return self.left > self.setup + needed
+
+
+def _run_here(
+    specs: Sequence[Spec], store: Store, device: str | None, clock: Clock, progress: "Progress"
+) -> Iterator[Record]:
+    with one_thread():
+        for spec in parents_first(specs):
+            if not clock.allows(spec):
+                continue
+            progress.begin(spec)
+            begun = time.monotonic()
+            record = run_one(spec, store, device, clock)
+            if record is not None:
+                clock.speed.learn(record)
+                if isinstance(spec, RunSpec):
+                    clock.setup = max(clock.setup, time.monotonic() - begun - record.wall_seconds)
+                yield record
+
+
+def run_one(spec: Spec, store: Store, device: str | None, clock: Clock | None = None) -> Record | None:
+    """One run in this process; None where the time ended before it did. An exception becomes a record of status
+    'failed', which the next sweep runs again."""
+    from samlib import train
+
+    try:
+        if clock is None or not clock.runs_out:
+            return train.run(spec, store, device)
+        return train.run(spec, store, device, clock.deadline) if _has_models(spec, store, device, clock) else None
+    except InputError:
+        raise  # the same for every run of this machine: say so once and stop
+    except Exception as error:
+        record = Record(specs_of.key(spec), specs_of.canonical(spec), "failed", numerics=NUMERICS)
+        record.error = f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
+        store.save(record)
+        return record
+
+
+def _has_models(spec: Spec, store: Store, device: str | None, clock: Clock) -> bool:
+    """Whether the models that a spec needs are there while there is still time for it. Those whose records are there
+    but not their weights are trained again, in as many calls as it takes."""
+    from samlib import train
+
+    for key in specs_of.parents(spec):
+        record = store.load(key)
+        if record is None:  # its training was cut
+            return False
+        if record.status == "done" and not store.weights_path(key).exists():
+            parent = parent_run(store, key, "parent")
+            if train.train(parent, store, train.choose_device(device), clock.deadline) is None:
+                return False
+            store.checkpoint_path(key).unlink(missing_ok=True)
+    return clock.allows(spec)
+
+
+# ---------------------------------------------------------------------------------------------- in worker processes
 
 
 def _run(specs: Sequence[Spec], store: Store, workers: int, device: str | None) -> Iterator[Record]:
-    if workers == 1:
-        with one_thread():
-            yield from (run_one(spec, store, device) for wave in waves(specs) for spec in wave)
-        return
     left = {specs_of.key(spec): spec for spec in specs}
     for attempt in range(POOL_RESTARTS + 1):
         try:
@@ -133,7 +251,7 @@ def _run_pool(specs: Sequence[Spec], store: Store, workers: int, device: str | N
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
         try:
             for wave in waves(specs):
-                waiting: set[Future[Record]] = {pool.submit(run_one, spec, store, device) for spec in wave}
+                waiting: set[Future[Record | None]] = {pool.submit(run_one, spec, store, device) for spec in wave}
                 while waiting:
                     finished, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
                     yield from (future.result() for future in finished)
@@ -172,21 +290,6 @@ def stop(pool: ProcessPoolExecutor) -> None:
         process.terminate()
     for process in processes:
         process.join(5)
-
-
-def run_one(spec: Spec, store: Store, device: str | None) -> Record:
-    """One run in this process. An exception becomes a record of status 'failed', which the next sweep runs again."""
-    from samlib import train
-
-    try:
-        return train.run(spec, store, device)
-    except InputError:
-        raise  # the same for every run of this machine: say so once and stop
-    except Exception as error:
-        record = Record(specs_of.key(spec), specs_of.canonical(spec), "failed", numerics=NUMERICS)
-        record.error = f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
-        store.save(record)
-        return record
 
 
 def _start_worker() -> None:
@@ -233,45 +336,54 @@ def _single_threaded_children() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- progress
 
 
-def work(spec: Spec) -> float:
-    """Rough cost of a run in images that the small CNN passes forward and backward, for the estimate of the time left.
+class Progress:
+    """Runs done, the current run and the time left, on standard error: a bar on a terminal, else a line now and then.
 
-    A pass of a shard costs as much as 30 images before it sees any; a tenth of an image is one to the MLP.
+    Where the runs lie in worker processes only finished ones are known of.
     """
-    match spec:
-        case RunSpec():
-            small = spec.model.name == "mlp"
-            passes = 1 if spec.optim.method in ("sgd", "average_sam") else 2
-            images = spec.data.train_size or 50_000
-            shards = specs_of.num_shards(spec) * spec.train.epochs * math.ceil(images / spec.train.batch_size)
-            evaluations = spec.train.epochs / spec.train.eval_every
-            trained = 30 * shards + spec.train.epochs * images * (0.1 if small else 1)
-            return passes * trained + evaluations * (100 if small else 400)
-        case MeasureSpec():
-            return 3_000
-        case ConnectSpec():
-            trained = 50 * spec.path.steps if spec.path.shape == "bend" else 0
-            return trained + 150 * (spec.path.grid**2 if spec.path.grid else spec.path.points)
-        case CheckSpec():
-            return 15_000
+
+    def __init__(self, specs: Sequence[Spec], clock: Clock, titles: Mapping[str, str]) -> None:
+        self.clock, self.titles = clock, titles
+        self.costs = {specs_of.key(spec): clock.speed.estimate(spec).seconds for spec in specs}
+        self.ended, self.current = 0, ""
+        self.on_terminal, self.said = sys.stderr.isatty(), -math.inf
+        self.bar = tqdm(
+            total=sum(self.costs.values()),
+            bar_format=f"{{percentage:3.0f}}%{' |{bar:20}|' if self.on_terminal else ''} "
+            "{elapsed} elapsed, {remaining} left, {desc}",
+            mininterval=0.2,
+            file=sys.stderr if self.on_terminal else StringIO(),
+        )
+        self.show()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.said = -math.inf  # the last line is always written
+        self.show()
+        self.bar.close()
+
+    def begin(self, spec: Spec) -> None:
+        key, estimate = specs_of.key(spec), self.clock.speed.estimate(spec)
+        self.current = f"{self.titles.get(key, key)} (about {duration(estimate.seconds)} by {estimate.source})"
+        self.show()
+
+    def end(self, record: Record) -> None:
+        self.ended += 1
+        speed = f", {record.images_per_second:,.0f} images/s" if record.images_per_second else ""
+        self.current = f"{self.titles.get(record.key, record.key)}: {record.status}{speed}"
+        self.bar.update(self.costs[record.key])
+        self.show()
+
+    def show(self) -> None:
+        limit = f", {max(0, self.clock.left):.0f} s to the limit" if self.clock.runs_out else ""
+        text = f"{self.ended}/{len(self.costs)} runs{limit}{': ' if self.current else ''}{self.current}"
+        self.bar.set_description_str(text)
+        if not self.on_terminal and time.monotonic() - self.said > LINE_SECONDS:
+            print(self.bar, file=sys.stderr, flush=True)
+            self.said = time.monotonic()
 
 
-@contextmanager
-def progress(specs: Sequence[Spec]) -> Iterator[Callable[[Record], None]]:
-    """A bar of work done and time left on standard error; quarter-minute lines where that is no terminal."""
-    cost = {specs_of.key(spec): work(spec) for spec in specs}
-    counts = {"runs": 0}
-    with tqdm(
-        total=sum(cost.values()),
-        bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed} elapsed, {remaining} left",
-        mininterval=0.2 if sys.stderr.isatty() else 15,
-        file=sys.stderr,
-    ) as bar:
-
-        def advance(record: Record) -> None:
-            counts["runs"] += 1
-            bar.set_description_str(f"{counts['runs']}/{len(cost)} runs", refresh=False)
-            bar.update(cost[record.key])
-
-        bar.set_description_str(f"0/{len(cost)} runs")
-        yield advance
+def duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds > 90 else f"{seconds:.1f} s"

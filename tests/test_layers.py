@@ -42,13 +42,15 @@ MAY_IMPORT = {
     },
     "store": {"errors", "spec", "experiments", "pandas"},
     "pack": {"errors", "experiments", "store"},
-    "sweep": {"errors", "spec", "store", "train", "torch", "tqdm"},
+    "estimate": {"errors", "experiments", "spec", "store"},
+    "probe": {"estimate", "provenance", "spec", "store", "train", "torch"},
+    "sweep": {"errors", "estimate", "spec", "store", "train", "torch", "tqdm"},
     "stats": {"errors", "numpy", "scipy"},
     "published": {"errors", "pandas", "yaml"},
     "rules": {"errors", "rules", "stats", "published", "pandas"},
     "claims": {"errors", "experiments", "store", "rules", "published"},
     "plots": {"errors", "stats", "matplotlib", "numpy", "pandas", "seaborn"},
-    "study": {"errors", "experiments", "store", "claims", "published", "sweep", "pandas"},
+    "study": {"errors", "experiments", "spec", "store", "claims", "published", "sweep", "pandas"},
     "report": {"claims", "experiments", "plots", "published", "rules", "stats", "study", "numpy", "pandas"},
     "compare": {"experiments", "spec", "store", "claims", "pandas"},
     "verify": {"spec", "store", "sweep", "train"},
@@ -69,7 +71,8 @@ MAY_IMPORT = {
         "tqdm",
         "two_products",
     },
-    "__main__": RECORDS | {"bench", "claims", "compare", "export", "sweep", "verify", "torch"},
+    "__main__": RECORDS
+    | {"bench", "claims", "compare", "estimate", "export", "pack", "probe", "sweep", "verify", "torch"},
     "__init__": set(),
 }
 STANDARD_LIBRARY = __import__("sys").stdlib_module_names

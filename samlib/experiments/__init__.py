@@ -187,10 +187,10 @@ def in_order_of_worth(arms: Sequence[Arm]) -> list[Spec]:
     return list(found.values())
 
 
-def titles(stem: str, arms: Sequence[Arm]) -> dict[str, str]:
+def titles(arms: Sequence[tuple[str, Arm]]) -> dict[str, str]:
     """Key -> what it is: experiment, cell, role and seed, and what is measured of a member."""
     found: dict[str, str] = {}
-    for arm in arms:
+    for stem, arm in arms:
         for member in arm.specs:
             title = f"{stem} / {arm.cell} / {arm.role}, seed {member.seed}"
             found.setdefault(specs_of.key(member), title)

@@ -1,0 +1,103 @@
+"""Measures how fast this machine trains: some timed steps of every network, method and precision that is pending."""
+
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+import torch
+
+from samlib import provenance, train
+from samlib import spec as specs_of
+from samlib.estimate import ONE_CORE, ONE_GPU, Speed, setting
+from samlib.spec import RunSpec, Spec
+from samlib.store import Store
+
+SECONDS = 60.0  # for all settings together
+SETTING_SECONDS = 5.0  # for one of them, warm-up included
+WARM_UP = 5  # steps that are not timed
+# The steps of a training that is far from its end, evaluates nothing and ascends from the first step on.
+ENDLESS = {"epochs": 10**6, "eval_every": 10**6, "updates": None, "ascent_from": 0.0, "ascent_until": 1.0}
+
+
+def probe(specs: Sequence[Spec], store: Store, device: str | None = None, seconds: float = SECONDS) -> Iterator[str]:
+    """Times each setting of the training runs among `specs` and keeps what it finds in the store; yields a line on
+    each. What does not fit into the time or the memory is left out, and said to be.
+
+    Raises:
+        InputError: a spec asks for what this machine does not have.
+    """
+    chosen, ends = train.choose_device(device), time.monotonic() + seconds
+    settings = {setting(spec): spec for spec in reversed(specs) if isinstance(spec, RunSpec)}
+    waiting = list(reversed(settings.values()))
+    while waiting:
+        spec = waiting.pop(0)
+        left = ends - time.monotonic()
+        name = title(spec)
+        if left <= 0:
+            yield f"{name}: not measured, the time is over"
+            continue
+        try:
+            found = images_per_second(spec, chosen, min(SETTING_SECONDS, left / (len(waiting) + 1)))
+        except RuntimeError as error:  # out of memory, or a network that this device cannot run
+            yield f"{name}: not measured, {str(error).splitlines()[0]}"
+            continue
+        if found is None:
+            yield f"{name}: not measured, {WARM_UP} steps took all of its time"
+            continue
+        keep(spec, found, store, chosen)
+        yield f"{name}: {found:,.0f} images per second"
+
+
+def images_per_second(spec: RunSpec, device: torch.device, seconds: float) -> float | None:
+    """Of the steps of a training, after some that are not timed; None where these take all of the time."""
+    started = time.monotonic()
+    endless = specs_of.override(spec, ENDLESS)
+    with torch.random.fork_rng():
+        training = train.Training.start(endless, device)
+        steps = training.batches_left()
+        for indices in islice(steps, WARM_UP):
+            training.take(indices)
+        synchronize(device)
+        begun, first = time.monotonic(), training.step
+        while time.monotonic() - started < seconds and training.status == "running":
+            training.take(next(steps))
+        synchronize(device)
+    taken = training.step - first
+    return taken * spec.train.batch_size / (time.monotonic() - begun) if taken else None
+
+
+def keep(spec: RunSpec, found: float, store: Store, device: torch.device) -> None:
+    """Adds what was found to the store, in place of what was found before of this setting on this device."""
+    entry = {
+        "device": provenance.environment(device.type)["device"],
+        "spec": specs_of.canonical(specs_of.override(spec, {"ascent_from": 0.0, "ascent_until": 1.0})),
+        "images_per_second": round(found, 1),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    store.save_probes([old for old in store.probes() if not _same(old, entry)] + [entry])
+
+
+def speed(device: str | None, stores: Sequence[Store]) -> Speed:
+    """How fast this machine is, by what these stores hold."""
+    kind = train.choose_device(device).type
+    found = Speed(provenance.environment(kind)["device"], ONE_GPU if kind == "cuda" else ONE_CORE)
+    found.learn_stores(stores)
+    return found
+
+
+def title(spec: RunSpec) -> str:
+    shards = specs_of.num_shards(spec)
+    method = f"{spec.optim.method} in {shards} shards" if shards > 1 else spec.optim.method
+    return f"{spec.model.name}, {method}, {spec.train.precision}, batches of {spec.train.batch_size}"
+
+
+def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    settings = (setting(specs_of.from_canonical(entry["spec"])) for entry in (old, new))
+    return old["device"] == new["device"] and len(set(settings)) == 1
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
