@@ -479,7 +479,8 @@ class Shards:
 
     def loss_and_gradient(self, part: slice) -> Tensor:
         """What every optimiser of samlib calls: clears the gradients, computes the loss, calls backward."""
-        self.optimizer.zero_grad()
+        for parameter in self.model.parameters():  # zero_grad takes a tenth of a small network's step
+            parameter.grad = None
         with self._batch_norm(part), autocast(self.spec.train.precision, self.inputs.device):
             loss = self._loss(part)
         loss.backward()

@@ -6,7 +6,7 @@ import pytest
 from samlib import experiments, published
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.experiments import Arm, measure, sam_vs_sgd, tuning
+from samlib.experiments import Arm, digits, measure, sam_vs_sgd, tuning
 from samlib.spec import MeasureSpec, RunSpec
 from samlib.store import open_store
 
@@ -76,7 +76,7 @@ def test_choices_are_run_on_seeds_of_their_own(stem):
 
 def test_the_setting_with_less_noise_is_not_tuned():
     assert sam_vs_sgd.RHO["noise20"] == sam_vs_sgd.RHO["noise40"]
-    assert sam_vs_sgd.LR["noise20"] == sam_vs_sgd.LR["noise40"] == sam_vs_sgd.LR["clean"]
+    assert sam_vs_sgd.LR["noise20"] == sam_vs_sgd.LR["noise40"] == digits.LR["clean"]
 
 
 def test_the_choice_goes_by_the_worst_seed_then_by_the_mean_then_to_the_smaller():
