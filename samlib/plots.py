@@ -301,10 +301,10 @@ def against(
         InputError: the frame lacks a column, a role has no colour, a value has no place on a log axis, or a panel holds
             two runs of one seed at one point of a line.
     """
-    _need(frame, (x,))
     done = finished(frame, metric)
     if done.empty:
         return _nothing_yet()
+    _need(frame, (x,))
     panels = {cell: (cell,) for cell in frame["cell"].unique()} if panels is None else panels
     unknown = {cell for cells in panels.values() for cell in cells} - set(frame["cell"])
     if unknown:
@@ -621,7 +621,9 @@ def _is_words(text: str) -> bool:
 
 
 def finished(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The runs that are done and hold the metric."""
+    """The runs that are done and hold the metric; a frame of no arms at all has no columns to ask for."""
+    if frame.empty:
+        return frame
     _need(frame, ("cell", "role", "seed", "status", metric))
     values = frame[metric].astype(float)
     return frame[(frame["status"] == "done") & np.isfinite(values)]

@@ -69,6 +69,8 @@ def rules_text(claims: Iterable[str], frame: pd.DataFrame) -> str:
 
 def caption(what: str, frame: pd.DataFrame, metric: str, interval: str = plots.MEAN_INTERVAL) -> str:
     """The caption of a figure in Markdown, with n from the frame it shows."""
+    if frame.empty:
+        return f"*{what}: this profile has no such arms.*"
     return f"*{plots.caption(what, plots.seeds(frame, metric), interval)}*"
 
 
@@ -97,8 +99,9 @@ def contrasts(frame: pd.DataFrame, metric: str, pairs: Sequence[tuple[str, str]]
     for cell, roles in frame.groupby("cell", sort=False)["role"].unique().items():
         for a, b in (pair for pair in pairs if set(pair) <= set(roles)):
             found = stats.paired_difference(by_seed(frame, cell, a, metric), by_seed(frame, cell, b, metric))
-            rows[cell, f"{name(a)} - {name(b)}"] = {f"difference of {metric}": bounds_text(found), "n": str(found.n)}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["cell", "comparison"])
+            rows[cell, f"{name(a)} - {name(b)}"] = (bounds_text(found), str(found.n))
+    index = pd.MultiIndex.from_tuples(list(rows), names=["cell", "comparison"])
+    return pd.DataFrame(list(rows.values()), index, [f"difference of {metric}", "n"])
 
 
 def ratios(frame: pd.DataFrame, metrics: Sequence[str], a: str, b: str) -> pd.DataFrame:

@@ -72,6 +72,17 @@ def arms(profile: str) -> tuple[Arm, ...]:
     )
 
 
+def panels(profile: str) -> dict[str, tuple[str, ...]]:
+    """What the claims are about, by the names of the page's panels: the cells of each, the smallest batch first."""
+    if profile != "quick":
+        return {"equal epochs": tuple(CIFAR_SIZES), "equal updates": (*CIFAR_UPDATES, "batch=128")}
+    return {
+        "equal epochs": tuple(EQUAL_EPOCHS),
+        "equal updates": tuple(EQUAL_UPDATES),
+        "equal epochs, small rate": tuple(SMALL_LR_CELLS),
+    }
+
+
 def both(setting: str, eval_every: int | None = None, lr: float | None = None) -> dict[str, RunSpec]:
     """role -> spec of SGD and of SAM in a setting of `digits`."""
     found = {"sgd": digits.sgd(setting), "sam": digits.sam(setting)}
