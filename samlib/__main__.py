@@ -141,7 +141,7 @@ def run_pending(options: argparse.Namespace) -> int:
             options.workers,
             options.device,
             deadline=began + limit - min(MARGIN_SECONDS, MARGIN * limit),
-            speed=known_speed(options.device, [store, *known]) if limit < math.inf else None,
+            speed=known_speed(options, [store, *known]) if limit < math.inf else None,
             titles=experiments.titles(chosen_arms(options.profile, options.experiment, tuning=True)),
             after=refresh,
         )
@@ -159,10 +159,13 @@ def run_pending(options: argparse.Namespace) -> int:
     return 1 if summary.failed else 0
 
 
-def known_speed(device: str | None, stores: Sequence[Store]) -> estimate.Speed:
-    from samlib import probe  # imports torch
+def known_speed(options: argparse.Namespace, stores: Sequence[Store]) -> estimate.Speed:
+    """Of this machine; for a profile that needs a GPU, and where there is none here, of the one that was used last."""
+    from samlib import probe
 
-    return probe.speed(device, stores)
+    if options.profile != "quick" and options.device is None and default_device() == "cpu":
+        return estimate.elsewhere(stores)
+    return probe.speed(options.device, stores)
 
 
 def print_plan(
@@ -170,12 +173,12 @@ def print_plan(
 ) -> None:
     from samlib import sweep
 
-    speed = known_speed(options.device, [store, *known])
+    speed = known_speed(options, [store, *known])
     speed.know(specs)
     trained = [key for place in (store, *known) for key in place.trained()]
     arms = chosen_arms(options.profile, options.experiment, tuning=True)
     rows = estimate.plan(arms, sweep.parents_first(pending(specs, store, known)), speed, trained, limit)
-    print(f"{options.profile} on {speed.device}, {len(specs)} runs in all")
+    print(f"{options.profile} on {speed.device or 'a GPU of assumed speed'}, {len(specs)} runs in all")
     print(estimate.report(rows, options.profile, limit))
 
 

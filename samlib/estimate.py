@@ -9,6 +9,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from samlib import spec as specs_of
 from samlib.errors import InputError
 from samlib.experiments import Arm
 from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, RunSpec, Spec
-from samlib.store import Record, Store
+from samlib.store import Record, RecordError, Store
 
 # ---------------------------------------------------------------------------------------------- the cost model
 
@@ -184,17 +185,11 @@ class Speed:
             self.factors[SAME_PROBE, setting(spec)].append(seconds / training(spec, self.machine))
 
     def learn_stores(self, stores: Sequence[Store]) -> None:
-        """Takes in what these stores hold, runs before what was measured of them; unreadable files do not count."""
-        found = []
+        """Takes in what these stores hold, runs before what was measured of them."""
         for store in stores:
-            for key in store.recorded():
-                try:
-                    found.append(store.load(key))
-                except InputError:
-                    continue
             for probe in store.probes():
                 self.learn_probe(probe)
-        for record in sorted(found, key=lambda record: record.spec["kind"] != "train"):
+        for record in sorted(readable(stores), key=lambda record: record.spec["kind"] != "train"):
             self.learn(record)
 
     def run_of(self, spec: Spec) -> RunSpec | None:
@@ -209,6 +204,25 @@ class Speed:
         name = next((name for name in names if self.factors.get(name)), None)
         factor = statistics.median(self.factors[name]) if name else 1.0
         return Estimate(factor * modelled(spec, run, self.machine), name[0] if name else MODEL)
+
+
+def readable(stores: Sequence[Store]) -> list[Record]:
+    """The records of these stores but for those that cannot be used."""
+    found = []
+    for store in stores:
+        for key in store.recorded():
+            with suppress(RecordError):
+                found.append(store.load(key))
+    return found
+
+
+def elsewhere(stores: Sequence[Store]) -> Speed:
+    """How fast the GPU is on which these stores were last added to, for a plan on a machine without one."""
+    made = [(record.finished, record.environment.get("device")) for record in readable(stores)]
+    made += [(probe["finished"], probe["device"]) for store in stores for probe in store.probes()]
+    found = Speed(max(made, default=("", None))[1], ONE_GPU)
+    found.learn_stores(stores)
+    return found
 
 
 def setting(spec: Spec, run: RunSpec | None = None) -> str:
@@ -251,13 +265,15 @@ def duration(text: str) -> float:
 
 @dataclass(slots=True)
 class Row:
-    """What is pending of one arm: runs and measures, how long they take, and how many of them fit into the time."""
+    """What is pending of one arm: runs and measures, how many of them fit into the time, how many seconds they take,
+    and after how many the last of them ends."""
 
     stem: str
     arm: Arm
     runs: int = 0
     fit: int = 0
     seconds: float = 0.0
+    ends: float = 0.0
     sources: tuple[str, ...] = ()
 
     def claims(self, profile: str) -> list[str]:
@@ -269,7 +285,7 @@ class Row:
 def plan(
     arms: Sequence[tuple[str, Arm]], todo: Sequence[Spec], speed: Speed, trained: Iterable[str], limit: float = math.inf
 ) -> list[Row]:
-    """One row per arm with something to do, in the order in which their first runs come.
+    """One row per arm with something to do, in the order in which their last runs end.
 
     Args:
         arms: experiment and arm.
@@ -279,20 +295,21 @@ def plan(
     """
     owner = _owners(arms)
     rows: dict[int, Row] = {}
-    left, trained = limit, set(trained)
+    now, left, trained = 0.0, limit, set(trained)
     for spec in todo:
         index, key, own = owner[specs_of.key(spec)], specs_of.key(spec), speed.estimate(spec)
         again = [parent for parent in specs_of.parents(spec) if parent not in trained]
         seconds = own.seconds + sum(speed.estimate(speed.runs[parent]).seconds for parent in again)
         trained.update((key, *again))
         row = rows.setdefault(index, Row(*arms[index]))
-        row.runs, row.seconds = row.runs + 1, row.seconds + seconds
+        now += seconds
+        row.runs, row.seconds, row.ends = row.runs + 1, row.seconds + seconds, now
         row.sources = tuple(dict.fromkeys((*row.sources, own.source)))
         if seconds <= left:
             row.fit, left = row.fit + 1, left - seconds
         elif isinstance(spec, RunSpec):
             left = 0.0  # begun, and gone on with in the next call
-    return list(rows.values())
+    return sorted(rows.values(), key=lambda row: row.ends)
 
 
 def _owners(arms: Sequence[tuple[str, Arm]]) -> dict[str, int]:
@@ -310,17 +327,18 @@ def _owners(arms: Sequence[tuple[str, Arm]]) -> dict[str, int]:
 
 def report(rows: Sequence[Row], profile: str, limit: float = math.inf) -> str:
     """The plan as text: for each arm what is pending and what of it fits into the time, the minutes it takes and what
-    they are known from, the minutes up to its end, and the claims it decides."""
-    lines, ends = [], 0.0
+    they are known from, the minutes until it is complete, and the claims it decides."""
+    lines = []
     for row in rows:
-        ends += row.seconds
         fits = "" if limit == math.inf else f", {row.fit} of them in the time"
         lines.append(
             f"{row.stem} / {row.arm.cell} / {row.arm.role} (priority {row.arm.priority}): {row.runs} runs{fits}"
         )
-        lines.append(f"  {row.seconds / 60:.2f} min by {' and '.join(row.sources)}, {ends / 60:.2f} min up to here")
+        lines.append(
+            f"  {row.seconds / 60:.2f} min by {' and '.join(row.sources)}, complete after {row.ends / 60:.2f} min"
+        )
         lines.append(f"  decides {', '.join(row.claims(profile)) or 'nothing'}")
-    runs, fit = sum(row.runs for row in rows), sum(row.fit for row in rows)
-    total = f"{runs} runs pending, {ends / 60:.2f} min in all"
+    total = f"{sum(row.runs for row in rows)} runs pending, {sum(row.seconds for row in rows) / 60:.2f} min in all"
+    fit = sum(row.fit for row in rows)
     lines.append(total if limit == math.inf else f"{total}; {fit} of them fit into {limit / 60:.2f} min")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
 from multiprocessing.connection import wait as wait_for
+from typing import Any
 
 from tqdm import tqdm
 
@@ -186,7 +187,7 @@ def _run_here(
                 continue
             progress.begin(spec)
             begun = time.monotonic()
-            record = run_one(spec, store, device, clock)
+            record = run_one(spec, store, device, clock, progress.during)
             if record is not None:
                 clock.speed.learn(record)
                 if isinstance(spec, RunSpec):
@@ -194,15 +195,22 @@ def _run_here(
                 yield record
 
 
-def run_one(spec: Spec, store: Store, device: str | None, clock: Clock | None = None) -> Record | None:
+def run_one(
+    spec: Spec,
+    store: Store,
+    device: str | None,
+    clock: Clock | None = None,
+    report: Callable[[Any], None] | None = None,
+) -> Record | None:
     """One run in this process; None where the time ended before it did. An exception becomes a record of status
     'failed', which the next sweep runs again."""
     from samlib import train
 
     try:
-        if clock is None or not clock.runs_out:
-            return train.run(spec, store, device)
-        return train.run(spec, store, device, clock.deadline) if _has_models(spec, store, device, clock) else None
+        deadline = math.inf if clock is None else clock.deadline
+        if deadline < math.inf and not _has_models(spec, store, device, clock, report):
+            return None
+        return train.run(spec, store, device, deadline, report)
     except InputError:
         raise  # the same for every run of this machine: say so once and stop
     except Exception as error:
@@ -212,7 +220,9 @@ def run_one(spec: Spec, store: Store, device: str | None, clock: Clock | None = 
         return record
 
 
-def _has_models(spec: Spec, store: Store, device: str | None, clock: Clock) -> bool:
+def _has_models(
+    spec: Spec, store: Store, device: str | None, clock: Clock, report: Callable[[Any], None] | None
+) -> bool:
     """Whether the models that a spec needs are there while there is still time for it. Those whose records are there
     but not their weights are trained again, in as many calls as it takes."""
     from samlib import train
@@ -223,7 +233,7 @@ def _has_models(spec: Spec, store: Store, device: str | None, clock: Clock) -> b
             return False
         if record.status == "done" and not store.weights_path(key).exists():
             parent = parent_run(store, key, "parent")
-            if train.train(parent, store, train.choose_device(device), clock.deadline) is None:
+            if train.train(parent, store, train.choose_device(device), clock.deadline, report) is None:
                 return False
             store.checkpoint_path(key).unlink(missing_ok=True)
     return clock.allows(spec)
@@ -345,13 +355,14 @@ class Progress:
     def __init__(self, specs: Sequence[Spec], clock: Clock, titles: Mapping[str, str]) -> None:
         self.clock, self.titles = clock, titles
         self.costs = {specs_of.key(spec): clock.speed.estimate(spec).seconds for spec in specs}
-        self.ended, self.current = 0, ""
-        self.on_terminal, self.said = sys.stderr.isatty(), -math.inf
+        self.ended, self.cost, self.current, self.pace = 0, 0.0, "", ""
+        self.looked: tuple[float, int] | None = None  # when, and at which step of the current training
+        self.on_terminal, self.said, self.shown = sys.stderr.isatty(), -math.inf, False
         self.bar = tqdm(
             total=sum(self.costs.values()),
             bar_format=f"{{percentage:3.0f}}%{' |{bar:20}|' if self.on_terminal else ''} "
             "{elapsed} elapsed, {remaining} left, {desc}",
-            mininterval=0.2,
+            smoothing=0,
             file=sys.stderr if self.on_terminal else StringIO(),
         )
         self.show()
@@ -360,27 +371,41 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.said = -math.inf  # the last line is always written
-        self.show()
+        self.show(at_once=not self.shown)
         self.bar.close()
 
     def begin(self, spec: Spec) -> None:
         key, estimate = specs_of.key(spec), self.clock.speed.estimate(spec)
         self.current = f"{self.titles.get(key, key)} (about {duration(estimate.seconds)} by {estimate.source})"
-        self.show()
+        self.pace, self.looked = "", None
+        self.show(at_once=estimate.seconds > LINE_SECONDS)
+
+    def during(self, training: Any) -> None:
+        """Called before each step of a training; looks at the first one and then once a second."""
+        now, spec = time.monotonic(), training.spec
+        if self.looked is not None and now - self.looked[0] < 1:
+            return
+        if self.looked is not None:
+            images = (training.step - self.looked[1]) * spec.train.batch_size / (now - self.looked[0])
+            self.pace = f", epoch {training.epoch + 1}/{spec.train.epochs}, {images:,.0f} images/s"
+            self.bar.n = self.cost + self.costs.get(specs_of.key(spec), 0.0) * training.step / training.steps
+            self.show()
+        self.looked = now, training.step
 
     def end(self, record: Record) -> None:
         self.ended += 1
-        speed = f", {record.images_per_second:,.0f} images/s" if record.images_per_second else ""
-        self.current = f"{self.titles.get(record.key, record.key)}: {record.status}{speed}"
-        self.bar.update(self.costs[record.key])
+        self.cost += self.costs[record.key]
+        self.current = f"{self.titles.get(record.key, record.key)}: {record.status}"
+        self.pace = f", {record.images_per_second:,.0f} images/s" if record.images_per_second else ""
+        self.bar.n = self.cost
         self.show()
 
-    def show(self) -> None:
+    def show(self, at_once: bool = False) -> None:
         limit = f", {max(0, self.clock.left):.0f} s to the limit" if self.clock.runs_out else ""
-        text = f"{self.ended}/{len(self.costs)} runs{limit}{': ' if self.current else ''}{self.current}"
-        self.bar.set_description_str(text)
-        if not self.on_terminal and time.monotonic() - self.said > LINE_SECONDS:
+        run = f": {self.current}{self.pace}" if self.current else ""
+        self.bar.set_description_str(f"{self.ended}/{len(self.costs)} runs{limit}{run}")
+        self.shown = self.on_terminal or at_once or time.monotonic() - self.said > LINE_SECONDS
+        if self.shown and not self.on_terminal:
             print(self.bar, file=sys.stderr, flush=True)
             self.said = time.monotonic()
 

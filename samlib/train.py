@@ -34,7 +34,13 @@ CHECKPOINT = {*RESUMED, "numerics", "model", "optimizer", "random", "cuda_random
 # ---------------------------------------------------------------------------------------------- one run
 
 
-def run(spec: Spec, store: Store, device: str | None = None, deadline: float = math.inf) -> Record | None:
+def run(
+    spec: Spec,
+    store: Store,
+    device: str | None = None,
+    deadline: float = math.inf,
+    report: Callable[["Training"], None] | None = None,
+) -> Record | None:
     """Turns a spec into its record and saves it. A run that was cut goes on from its checkpoint.
 
     Args:
@@ -44,6 +50,7 @@ def run(spec: Spec, store: Store, device: str | None = None, deadline: float = m
         device: 'cpu', 'cuda', or None for a GPU where there is one. Checks always run on the CPU.
         deadline: the value of `time.monotonic()` at which a training leaves a checkpoint behind and stops. Measures,
             paths and checks, which cannot go on where they stopped, do not look at it.
+        report: called with the training before each of its steps.
 
     Returns:
         The record; None for a training that the deadline cut.
@@ -54,7 +61,7 @@ def run(spec: Spec, store: Store, device: str | None = None, deadline: float = m
     chosen = choose_device(device)
     match spec:
         case RunSpec():
-            record = train(spec, store, chosen, deadline)
+            record = train(spec, store, chosen, deadline, report)
         case MeasureSpec():
             record = measure(spec, store, chosen)
         case ConnectSpec():
@@ -68,13 +75,19 @@ def run(spec: Spec, store: Store, device: str | None = None, deadline: float = m
     return record
 
 
-def train(spec: RunSpec, store: Store, device: torch.device, deadline: float = math.inf) -> Record | None:
+def train(
+    spec: RunSpec,
+    store: Store,
+    device: torch.device,
+    deadline: float = math.inf,
+    report: Callable[["Training"], None] | None = None,
+) -> Record | None:
     """Trains a model, keeps its weights, and returns its record; None where the deadline came first."""
     checkpoint = store.checkpoint_path(specs_of.key(spec))
     with torch.random.fork_rng():  # dropout draws from the global generator
         training = Training.start(spec, device)
         training.resume(checkpoint)
-        training.go_on(partial(training.save, checkpoint), deadline)
+        training.go_on(partial(training.save, checkpoint), deadline, report)
         if training.status == "running":
             return None
         if training.status == "done":
@@ -244,8 +257,9 @@ def trained_model(spec: RunSpec, store: Store, splits: data.Splits, device: torc
     """The model a run ended with; trained again where its weights are gone (its record stays as it is). None for a run
     that diverged."""
     path = store.weights_path(specs_of.key(spec))
-    state = load_tensors(path)
-    if state is None and train(spec, store, device).status == "done":
+    state, record = load_tensors(path), store.load(specs_of.key(spec))
+    diverged = record is not None and record.usable and record.status == "diverged"
+    if state is None and not diverged and train(spec, store, device).status == "done":
         state = load_tensors(path)
     if state is None:
         return None
@@ -310,8 +324,14 @@ class Training:
         """Made in this epoch so far."""
         return self.step - self.epoch * self.steps_per_epoch
 
-    def go_on(self, save: Callable[[], None], deadline: float = math.inf) -> None:
-        """Trains to the end or the deadline, calling `save` about once a minute and at the deadline."""
+    def go_on(
+        self,
+        save: Callable[[], None],
+        deadline: float = math.inf,
+        report: Callable[["Training"], None] | None = None,
+    ) -> None:
+        """Trains to the end or the deadline, calling `save` about once a minute and at the deadline, and `report`
+        before each step."""
         saved = started = time.monotonic()
         for indices in self.batches_left():
             now = time.monotonic()
@@ -321,6 +341,8 @@ class Training:
                 if now > deadline:
                     return
                 saved = started = time.monotonic()
+            if report is not None:
+                report(self)
             self.take(indices)
         self.seconds += time.monotonic() - started
 
