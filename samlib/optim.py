@@ -26,8 +26,8 @@ with `fused=True` for the base optimiser, and no GradScaler, it never does. `SAM
 operations independent of the number of tensors, `samlib.shards.Shards` runs the shards of mSAM side by side. `lr` and
 `rho` may be tensors without axes on the device, which schedulers change in place (a number is frozen in a graph): then
 a whole step can be captured in one `torch.cuda.CUDAGraph`, after two or more steps of warm-up, with a fused base
-optimiser (Adam's also `capturable`), `ascent_every=1`, without `second_order` or a GradScaler, and not for AverageSAM,
-whose generator no graph advances.
+optimiser (Adam's also `capturable`), `ascent_every=1`, without `second_order` or a GradScaler; for AverageSAM its
+`generator` has to be registered with the graph. `samlib.graph` does this.
 `torch.compile(opt.first_step, fullgraph=True)` and the same of `second_step` work from the second step on (with `flat`,
 clear gradients by `zero_grad(set_to_none=False)`; hooks of the base optimiser are not called).
 """
@@ -547,7 +547,8 @@ class SAM(Optimizer):
         of_all = {w: torch.stack(each) for w, each in zip(weights, zip(*eps, strict=True), strict=True)}
         means = shards.mean_gradients(trained, [of_all.get(w) for w in trained], shares)
         for w, mean in zip(trained, means, strict=True):
-            w.grad = mean
+            # with the strides of w, as autograd makes them: fused kernels go by memory, and vmap loses channels_last
+            w.grad = mean if mean is None or mean.stride() == w.stride() else torch.empty_like(w).copy_(mean)
         self._gather()
         return loss
 
@@ -1001,11 +1002,11 @@ class AverageSAM(SAM):
 
     def perturbation(self) -> list[Tensor]:
         """The eps of the next step; its draw is not used up."""
-        state = self._own_generator().get_state()
+        state = self.generator.get_state()
         try:
             return super().perturbation()
         finally:
-            self._own_generator().set_state(state)
+            self.generator.set_state(state)
 
     def _shard(self, ascent: Closure, descent: Pass, **_: Any) -> Tensor | float:
         with self._kept(self._targets(self._layout.members)):
@@ -1027,20 +1028,22 @@ class AverageSAM(SAM):
     def _direction(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], scale: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], Tensor]:
-        generator = self._own_generator()
+        generator = self.generator
         z = [torch.zeros_like(w, dtype=wide_dtype(w), requires_grad=False) for w in weights]
         for _, part in self._layout.by_parameter(weights, z):  # the same draws with flat buffers as without
             part.normal_(generator=generator)
         norm = global_norm(z, self.p)
         return multiplied(z, inverse(norm, self.norm_eps)) if self.normalize else z, norm
 
-    def _own_generator(self) -> torch.Generator:
+    @property
+    def generator(self) -> torch.Generator:
+        """The generator of the draws, on the device of the parameters; `state_dict` has its state."""
         if self._generator is None:  # made late: a model may move to its device after the optimiser is made
             self._generator = torch.Generator(self._device()).manual_seed(self.seed)
         return self._generator
 
     def _own_state(self) -> dict[str, Any]:
-        return {**super()._own_state(), "generator": self._own_generator().get_state()}
+        return {**super()._own_state(), "generator": self.generator.get_state()}
 
     def _check_own_state(self, state: dict[str, Any]) -> None:
         if state and "generator" not in state:
@@ -1048,7 +1051,7 @@ class AverageSAM(SAM):
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
         super()._load_own_state(state)
-        self._own_generator().set_state(state["generator"].cpu())  # a generator's state is a CPU tensor
+        self.generator.set_state(state["generator"].cpu())  # a generator's state is a CPU tensor
 
     def _check_step_options(self, ascent_closure: Any, scaler: Any, no_sync: Any) -> None:
         if ascent_closure is not None or no_sync is not None:

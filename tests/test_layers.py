@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "perturbation": {"torch"},
     "batchnorm": {"errors", "torch"},
     "shards": {"errors", "batchnorm", "torch"},
+    "graph": {"errors", "optim", "perturbation", "shards", "torch"},
     "two_products": {"optim", "torch"},
     "arithmetic": {"errors", "measures", "torch"},
     "measures": {"errors", "batchnorm", "measures", "optim", "perturbation", "torch", "numpy", "scipy"},
