@@ -52,6 +52,16 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
+class Pixels:
+    """The training images of a seed before scaling, for augmentation: uint8 (n, channels, height, width), and per
+    channel what (pixel / 255 - mean) / sd takes to scale them; on one device."""
+
+    images: Tensor
+    mean: Tensor
+    sd: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Splits:
     """What one seed trains, chooses and reports on. Only the training labels may be noisy."""
 
@@ -60,13 +70,15 @@ class Splits:
     test: Split
     num_classes: int
     digest: str
+    pixels: Pixels | None = None  # of the training images, where they are to be augmented
 
 
 # ---------------------------------------------------------------------------------------------- splits of one seed
 
 
-def load(spec: DataSpec, seed: int, device: torch.device | str = "cpu") -> Splits:
-    """The splits of a seed: validation and training images drawn without overlap, label noise, scaling.
+def load(spec: DataSpec, seed: int, device: torch.device | str = "cpu", augmented: bool = False) -> Splits:
+    """The splits of a seed: validation and training images drawn without overlap, label noise, scaling; with
+    `augmented` also the pixels of the training images.
 
     Raises:
         InputError: more images asked for than there are, or a data set that is neither on disk nor downloadable, or
@@ -87,7 +99,15 @@ def load(spec: DataSpec, seed: int, device: torch.device | str = "cpu") -> Split
         test=split(test_inputs, torch.from_numpy(images.test_labels.astype(np.int64))),
         num_classes=len(images.classes),
         digest=images.digest,
+        pixels=pixels(images, spec.scaling, train, device) if augmented else None,
     )
+
+
+def pixels(images: Images, scaling: str, chosen: Tensor, device: torch.device | str) -> Pixels:
+    """The chosen training images as they are, and the constants of their scaling."""
+    of_channels = torch.from_numpy(images.train_images).permute(0, 3, 1, 2)
+    mean, sd = scaling_constants(images, scaling)
+    return Pixels(of_channels[chosen].contiguous().to(device), mean.to(device), sd.to(device))
 
 
 def draw(available: int, spec: DataSpec, seed: int) -> tuple[Tensor, Tensor]:
@@ -131,6 +151,16 @@ def scaled(images: Images, scaling: str) -> tuple[Tensor, Tensor]:
     axes = (0, 2, 3)
     mean, sd = train.mean(axes, keepdim=True), train.std(axes, keepdim=True)
     return (train - mean) / sd, (test - mean) / sd
+
+
+def scaling_constants(images: Images, scaling: str) -> tuple[Tensor, Tensor]:
+    """Mean and sd per channel, in units of the largest pixel value: what `scaled` subtracts, and then divides by."""
+    channels = images.train_images.shape[-1]
+    if scaling == "standardize":
+        found = [torch.from_numpy(images.train_images[..., c]).float() / images.maximum for c in range(channels)]
+        return torch.stack([c.mean() for c in found]), torch.stack([c.std() for c in found])
+    mean, sd = {"unit": (0.0, 1.0), "symmetric": (0.5, 0.5)}[scaling]
+    return torch.full((channels,), mean), torch.full((channels,), sd)
 
 
 def batches(size: int, batch_size: int, drop_last: bool, rng: torch.Generator) -> Iterator[Tensor]:

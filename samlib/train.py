@@ -1,5 +1,6 @@
 """`run(spec) -> Record`: the only training loop of the study, and the one step that needs a device."""
 
+import dataclasses
 import math
 import sys
 import time
@@ -10,7 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch.nn import functional
 
 from samlib import batchnorm, checks, data, models, optim, provenance
 from samlib import spec as specs_of
+from samlib.arithmetic import arithmetic
+from samlib.augment import Augmentation
 from samlib.errors import InputError
 from samlib.measures import WeightLoss, asymmetry, connectivity, hessian, precision, sharpness, tails
 from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, OptimSpec, RunSpec, Spec
@@ -29,7 +32,8 @@ CHECKPOINT_SECONDS = 60.0  # between two checkpoints of a run
 MEASURE_BATCH = 1000  # images whose graph is held at a time; changes no number in eval mode
 SPLITS = ("train", "validation", "test")
 RESUMED = ("epoch", "step", "seconds", "history", "epoch_order", "losses")
-CHECKPOINT = {*RESUMED, "numerics", "model", "optimizer", "random", "cuda_random"}
+CHECKPOINT = {*RESUMED, "numerics", "model", "optimizer", "random", "cuda_random", "draws"}
+ACTING = ("norm_ratio", "cosine", "unmoved_fraction")  # of the perturbation, at the precision of a run
 
 # ---------------------------------------------------------------------------------------------- one run
 
@@ -59,15 +63,16 @@ def run(
         InputError: the spec asks for something this machine does not have.
     """
     chosen = choose_device(device)
-    match spec:
-        case RunSpec():
-            record = train(spec, store, chosen, deadline, report)
-        case MeasureSpec():
-            record = measure(spec, store, chosen)
-        case ConnectSpec():
-            record = connect(spec, store, chosen)
-        case CheckSpec():
-            record = check(spec)
+    with arithmetic("fp32", chosen):  # but for the steps of a run of another precision
+        match spec:
+            case RunSpec():
+                record = train(spec, store, chosen, deadline, report)
+            case MeasureSpec():
+                record = measure(spec, store, chosen)
+            case ConnectSpec():
+                record = connect(spec, store, chosen)
+            case CheckSpec():
+                record = check(spec)
     if record is None:
         return None
     store.save(record)
@@ -282,6 +287,8 @@ class Training:
     optimizer: torch.optim.Optimizer
     order: torch.Generator
     epoch_order: Tensor  # the state of `order` from which the batches of this epoch were drawn
+    augmentation: Augmentation
+    draws: torch.Generator  # of the augmentation, on the device
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -296,7 +303,9 @@ class Training:
         torch.manual_seed(data.generator(spec.seed, "dropout").initial_seed())
         optimizer = build_optimizer(spec.optim, model, spec.seed)
         order = data.generator(spec.seed, "order")
-        training = cls(spec, device, splits, model, optimizer, order, order.get_state())
+        draws = torch.Generator(device).manual_seed(data.generator(spec.seed, "augmentation").initial_seed())
+        augmentation = Augmentation(**dataclasses.asdict(spec.augment))
+        training = cls(spec, device, splits, model, optimizer, order, order.get_state(), augmentation, draws)
         if training.steps_per_epoch == 0:
             raise InputError(
                 f"train.batch_size = {spec.train.batch_size} is larger than the {len(splits.train)} training images: "
@@ -358,7 +367,12 @@ class Training:
     def take(self, indices: Tensor) -> None:
         """A step on these images, and what follows the last one of an epoch."""
         chosen = indices.to(self.device)
-        self.losses.append(self.one_step(self.splits.train.inputs[chosen], self.splits.train.labels[chosen]))
+        labels = self.splits.train.labels[chosen]
+        if not self.augmentation.active:
+            self.losses.append(self.one_step(self.splits.train.inputs[chosen], labels))
+        else:
+            inputs, mixed = self.augmented(chosen, labels)
+            self.losses.append(self.one_step(inputs, labels, mixed))
         if self.steps_of_epoch == self.steps_per_epoch or self.step == self.steps:
             self.end_epoch()
 
@@ -370,7 +384,15 @@ class Training:
         self.losses = []
         self.log(running_loss)
 
-    def one_step(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def augmented(self, chosen: Tensor, labels: Tensor) -> tuple[Tensor, "Mixed | None"]:
+        """These training images, augmented, and what of others is mixed into them."""
+        pixels = self.splits.pixels
+        images = pixels.images[chosen]
+        drawn = self.augmentation.draw(len(images), tuple(images.shape[2:]), self.draws)
+        inputs = self.augmentation.apply(images, drawn, pixels.mean, pixels.sd)
+        return inputs, None if drawn.partner is None else Mixed(labels[drawn.partner], drawn.share)
+
+    def one_step(self, inputs: Tensor, labels: Tensor, mixed: "Mixed | None" = None) -> Tensor:
         """One step of any method, and the loss that is logged."""
         ascent = ascends(self.spec.optim, self.step, self.steps)
         for group in self.optimizer.param_groups:
@@ -378,7 +400,7 @@ class Training:
             if "rho" in group:  # with rho 0 a SAM makes the step of its base optimiser, on the same momentum
                 group["rho"] = self.spec.optim.rho if ascent else 0.0
         self.step += 1
-        shards = Shards(self.spec, self.model, self.optimizer, inputs, labels, whole=not ascent)
+        shards = Shards(self.spec, self.model, self.optimizer, inputs, labels, mixed, whole=not ascent)
         if isinstance(self.optimizer, optim.SAM):
             loss = self.optimizer.step(
                 shards.closures, weights=shards.weights, replay_rng=self.spec.train.replay_dropout
@@ -398,6 +420,9 @@ class Training:
             return
         row = {"epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
         row["running_loss"] = running_loss
+        if self.spec.train.precision != "fp32" and self.spec.optim.method in ("sam", "asam"):
+            acting = self.effective_perturbation() if self.status != "diverged" else {}
+            row |= {f"perturbation_{name}": acting.get(name, math.nan) for name in ACTING}
         for name in SPLITS:
             evaluated = name != "train" or self.evaluates_train()
             row |= evaluate(self.model, getattr(self.splits, name), name) if evaluated else not_evaluated(name)
@@ -418,17 +443,17 @@ class Training:
             time.perf_counter() - self.seconds,
             history=columns(self.history),
             final=selected(self.history),
-            perturbation=self.effective_perturbation(),
+            perturbation=self.effective_perturbation() if self.status == "done" else {},
             data_digest=self.splits.digest,
             images_per_second=images / self.seconds,
             device=self.device,
         )
 
     def effective_perturbation(self) -> dict[str, float]:
-        """How much of the last point's perturbation acts at the run's precision, on the first images in order (a
-        mini-batch, or a shard of one where the ascent is taken per shard). Empty where the last step had no ascent."""
+        """How much of the perturbation here acts at the run's precision, on the first images in order (a mini-batch, or
+        a shard of one where the ascent is taken per shard). Empty where the last step had no ascent."""
         ascent = ascends(self.spec.optim, self.step - 1, self.steps)
-        if self.status != "done" or self.spec.optim.method not in ("sam", "asam") or not ascent:
+        if self.spec.optim.method not in ("sam", "asam") or not ascent:
             return {}
         self.model.train()
         size = self.spec.train.batch_size
@@ -448,6 +473,7 @@ class Training:
                 "numerics": NUMERICS,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "draws": self.draws.get_state(),
                 "random": torch.get_rng_state(),
                 "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
@@ -466,6 +492,7 @@ class Training:
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.draws.set_state(state["draws"])
         torch.set_rng_state(state["random"])
         if state["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
@@ -474,6 +501,14 @@ class Training:
 
 
 # ---------------------------------------------------------------------------------------------- the closures of a step
+
+
+class Mixed(NamedTuple):
+    """What mixup adds to a mini-batch: the labels of the images mixed in, (n,), and the shares the images themselves
+    have, (n,)."""
+
+    labels: Tensor
+    share: Tensor
 
 
 class Shards:
@@ -489,10 +524,11 @@ class Shards:
         optimizer: torch.optim.Optimizer,
         inputs: Tensor,
         labels: Tensor,
+        mixed: Mixed | None = None,
         whole: bool = False,
     ) -> None:
         self.spec, self.model, self.optimizer = spec, model, optimizer
-        self.inputs, self.labels = inputs, labels
+        self.inputs, self.labels, self.mixed = in_layout(inputs), labels, mixed
         self.parts = [slice(0, len(labels))] if whole else self._split(len(labels))
         self.closures = [partial(self.loss_and_gradient, part) for part in self.parts]
         sizes = [part.stop - part.start for part in self.parts]
@@ -503,14 +539,21 @@ class Shards:
         """What every optimiser of samlib calls: clears the gradients, computes the loss, calls backward."""
         for parameter in self.model.parameters():  # zero_grad takes a tenth of a small network's step
             parameter.grad = None
-        with self._batch_norm(part), autocast(self.spec.train.precision, self.inputs.device):
+        with self._batch_norm(part), self.arithmetic():
             loss = self._loss(part)
-        loss.backward()
+            if self.spec.train.precision == "fp16":
+                self._backward_scaled(loss)
+            else:
+                loss.backward()
         if getattr(self.optimizer, "at_perturbed_point", False):
             self._perturbed.append(loss.detach())
         elif self.spec.optim.clip == "both":
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optim.clip_norm)
         return loss
+
+    def arithmetic(self) -> AbstractContextManager:
+        name, device = self.spec.train.precision, self.inputs.device
+        return nullcontext() if name == "fp32" and device.type == "cpu" else arithmetic(name, device)
 
     def perturbed_loss(self) -> Tensor:
         """The mean over shards of the loss at w + eps in the step just made; NaN if the step was skipped on the way."""
@@ -533,13 +576,26 @@ class Shards:
             logits = self.model(self.inputs)[part]
         else:
             logits = self.model(self.inputs[part])
-        loss = functional.cross_entropy(
-            logits.float(), self.labels[part], label_smoothing=torch_smoothing(self.spec, logits.shape[1])
-        )
+        loss = self._cross_entropy(logits.float(), part)
         if self.spec.optim.weight_decay_in == "loss":
             squares = torch.stack([p.square().sum() for p in self.model.parameters()]).sum()
             loss = loss + 0.5 * self.spec.optim.weight_decay * squares
         return loss
+
+    def _cross_entropy(self, logits: Tensor, part: slice) -> Tensor:
+        loss_of = partial(functional.cross_entropy, label_smoothing=torch_smoothing(self.spec, logits.shape[1]))
+        if self.mixed is None:
+            return loss_of(logits, self.labels[part])
+        own, other = (loss_of(logits, labels[part], reduction="none") for labels in (self.labels, self.mixed.labels))
+        share = self.mixed.share[part]
+        return (share * own + (1 - share) * other).mean()
+
+    def _backward_scaled(self, loss: Tensor) -> None:
+        """Small gradients are zero in float16 unless they are scaled up; the optimiser sees them as they are. One that
+        overflows is not finite, and the optimiser skips its step."""
+        scale = self.spec.train.loss_scale
+        (loss * scale).backward()
+        torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / scale)
 
     def _batch_norm(self, part: slice) -> AbstractContextManager:
         if getattr(self.optimizer, "in_second_pass", False):
@@ -555,15 +611,18 @@ def torch_smoothing(spec: RunSpec, num_classes: int) -> float:
     return epsilon if spec.train.smoothing_convention == "K" else epsilon * num_classes / (num_classes - 1)
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+def in_layout(inputs: Tensor) -> Tensor:
+    """Images as the convolutions of a GPU like them: channels last. On a CPU as they are."""
+    images_on_gpu = inputs.is_cuda and inputs.ndim == 4
+    return inputs.contiguous(memory_format=torch.channels_last) if images_on_gpu else inputs
 
 
 # ---------------------------------------------------------------------------------------------- building blocks
 
 
 def load_splits(spec: RunSpec, device: torch.device) -> data.Splits:
-    return data.load(spec.data, specs_of.split_seed(spec), device)
+    augmented = Augmentation(**dataclasses.asdict(spec.augment)).active
+    return data.load(spec.data, specs_of.split_seed(spec), device, augmented)
 
 
 def build_model(
@@ -572,7 +631,8 @@ def build_model(
     """The untrained network of a run, from the weights its seed draws unless another generator is given."""
     image_shape = tuple(splits.train.inputs.shape[1:])
     rng = data.generator(spec.seed, "init") if rng is None else rng
-    return models.build(spec.model, image_shape, splits.num_classes, rng).to(device)
+    model = models.build(spec.model, image_shape, splits.num_classes, rng).to(device)
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
 def build_optimizer(spec: OptimSpec, model: nn.Module, seed: int) -> torch.optim.Optimizer:
@@ -655,7 +715,7 @@ def evaluate(model: nn.Module, split: data.Split, name: str, batch_size: int = 1
     model.eval()
     loss, correct = torch.zeros((), device=split.inputs.device), torch.zeros((), device=split.inputs.device)
     for inputs, labels in zip(split.inputs.split(batch_size), split.labels.split(batch_size), strict=True):
-        logits = model(inputs)
+        logits = model(in_layout(inputs))
         loss += functional.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
     size = len(split)

@@ -1,0 +1,243 @@
+"""Training on colour images: augmentation, mixup, precisions, and the networks for CIFAR, on a few images of noise."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from samlib import data, train
+from samlib import spec as specs_of
+from samlib.arithmetic import arithmetic
+from samlib.augment import Augmentation
+from samlib.spec import AugmentSpec, DataSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
+from samlib.store import Store
+
+CPU = torch.device("cpu")
+SMALL = RunSpec(
+    DataSpec("cifar10", train_size=40, validation_size=8),
+    ModelSpec(width=4),
+    OptimSpec("sam", rho=0.1),
+    TrainSpec(epochs=3, batch_size=10),
+)
+EVERYTHING = AugmentSpec(autoaugment=True, flip=True, crop="reflect", cutout=8, mixup=0.2)
+
+
+def change(spec=SMALL, **fields):
+    return specs_of.override(spec, fields)
+
+
+@pytest.fixture(autouse=True)
+def images(tmp_path, monkeypatch):
+    """48 training and 20 test images, in the form of an npz of CIFAR-10."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{split}_{what}": rng.integers(high, size=(size, *shape), dtype=np.uint8)
+        for split, size in (("train", 48), ("test", 20))
+        for what, high, shape in (("images", 256, (32, 32, 3)), ("labels", 10, ()))
+    }
+    data._cifar.cache_clear()
+    np.savez(tmp_path / "cifar10.npz", **arrays, classes=np.array([str(c) for c in range(10)]))
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    yield arrays
+    data._cifar.cache_clear()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "runs", writable=True)
+
+
+def weights(store, spec):
+    return torch.load(store.weights_path(specs_of.key(spec)), weights_only=True)
+
+
+def same(one, two):
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ------------------------------------------------------------------------------------------------ augmentation
+
+
+@pytest.mark.parametrize("scaling", ["standardize", "unit", "symmetric"])
+def test_the_pixels_are_those_of_the_training_images_and_scale_to_its_inputs(images, scaling):
+    splits = data.load(change(scaling=scaling).data, 3, augmented=True)
+    pixels = splits.pixels
+    assert pixels.images.dtype == torch.uint8
+    in_channels = [c[:, None, None] for c in (pixels.mean, pixels.sd)]
+    torch.testing.assert_close((pixels.images / 255 - in_channels[0]) / in_channels[1], splits.train.inputs)
+    channels = images["train_images"].reshape(-1, 3).astype(np.float64) / 255
+    expected = {
+        "standardize": (channels.mean(0), channels.std(0, ddof=1)),
+        "unit": (np.zeros(3), np.ones(3)),
+        "symmetric": (np.full(3, 0.5), np.full(3, 0.5)),
+    }
+    for found, wanted in zip((pixels.mean, pixels.sd), expected[scaling], strict=True):
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5)
+    assert data.load(SMALL.data, 3).pixels is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("autoaugment", True), ("flip", True), ("crop", "zero"), ("crop", "reflect"), ("cutout", 8), ("mixup", 0.2)],
+)
+def test_every_augmentation_is_felt_and_changes_the_training_alone(store, field, value):
+    plain = train.run(change(lr=1e-30), store, "cpu").history
+    changed = train.run(change(lr=1e-30, **{field: value}), store, "cpu").history
+    assert changed["running_loss"] != plain["running_loss"]
+    splits = [train.load_splits(spec, CPU) for spec in (SMALL, change(**{field: value}))]
+    for name in train.SPLITS:
+        assert torch.equal(*(getattr(of_spec, name).inputs for of_spec in splits))
+
+
+def test_each_epoch_and_each_seed_draws_anew():
+    training, other = (train.Training.start(change(seed, flip=True, crop="zero"), CPU) for seed in seeds_of(0, 1))
+    chosen, labels = torch.arange(10), torch.zeros(10, dtype=torch.int64)
+    first, second = (training.augmented(chosen, labels)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    draws = [t.augmentation.draw(10, (32, 32), t.draws).corner for t in (training, other)]
+    assert not torch.equal(*draws)
+
+
+def seeds_of(*seeds):
+    return [dataclasses.replace(SMALL, seed=seed) for seed in seeds]
+
+
+def test_a_training_step_is_that_of_the_augmented_batch_written_out():
+    """One step of SGD with mixup and everything else: the same draws, and the loss of Zhang et al. by hand."""
+    spec = dataclasses.replace(change(method="sgd", weight_decay=0.0, momentum=0.0, lr=0.1), augment=EVERYTHING)
+    training, chosen = train.Training.start(spec, CPU), torch.arange(10)
+    model, splits = train.build_model(spec, training.splits, CPU), training.splits
+    rng = torch.Generator().manual_seed(data.generator(spec.seed, "augmentation").initial_seed())
+    augmentation, pixels = Augmentation(**dataclasses.asdict(EVERYTHING)), splits.pixels
+    drawn = augmentation.draw(10, (32, 32), rng)
+    logits = model.train()(augmentation.apply(pixels.images[:10], drawn, pixels.mean, pixels.sd))
+    log_p = logits.log_softmax(1)
+    labels = splits.train.labels[:10]
+    losses = -(drawn.share * log_p[range(10), labels] + (1 - drawn.share) * log_p[range(10), labels[drawn.partner]])
+    grads = torch.autograd.grad(losses.mean(), list(model.parameters()))
+    training.model.train()
+    training.take(chosen)
+    assert training.losses[0].item() == pytest.approx(losses.mean().item(), rel=1e-6)
+    for found, before, grad in zip(training.model.parameters(), model.parameters(), grads, strict=True):
+        torch.testing.assert_close(found, before - 0.1 * grad)
+
+
+def test_the_shards_of_a_mixed_batch_keep_their_partners():
+    """Without batch norm and ascent the mean over shards is the gradient of the batch."""
+    spec = dataclasses.replace(change(rho=0.0, norm="none"), augment=EVERYTHING)
+    whole, sharded = (train.Training.start(each, CPU) for each in (spec, change(spec, num_shards=5)))
+    for training in (whole, sharded):
+        training.model.train()
+        training.take(torch.arange(10))
+    torch.testing.assert_close(whole.losses[0], sharded.losses[0])
+    for one, two in zip(whole.model.parameters(), sharded.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_an_augmented_run_cut_in_mid_epoch_ends_as_if_it_had_not_been(store, tmp_path):
+    spec = dataclasses.replace(SMALL, augment=EVERYTHING)
+    whole, path = train.run(spec, store, "cpu"), tmp_path / "cut"
+    for cut in (2, 4, 7):
+        training = train.Training.start(spec, CPU)
+        for _, indices in zip(range(cut), training.batches_left(), strict=False):
+            training.take(indices)
+        training.save(path)
+        again = train.Training.start(spec, CPU)
+        again.resume(path)
+        again.go_on(lambda: None)
+        assert again.record().history == whole.history
+        assert same(again.model.state_dict(), weights(store, spec))
+
+
+# ------------------------------------------------------------------------------------------------ precision
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+def test_what_acts_of_the_perturbation_is_logged_in_low_precision(store, precision):
+    record = train.run(change(precision=precision, rho=0.05), store, "cpu")
+    for name in train.ACTING:
+        column = record.history[f"perturbation_{name}"]
+        assert len(column) == 3
+        assert all(0 < value < 2 for value in column)
+        assert column[-1] == record.perturbation[name]
+    assert record.perturbation["cosine"] < 1 - 1e-9
+    assert "perturbation_cosine" not in train.run(change(rho=0.05), store, "cpu").history
+    assert "perturbation_cosine" not in train.run(change(precision=precision, method="sgd"), store, "cpu").history
+
+
+def test_each_precision_has_numbers_of_its_own(store):
+    losses = [train.run(change(precision=name), store, "cpu").history["running_loss"] for name in train_precisions()]
+    assert len({tuple(found) for found in losses}) == 4
+    for found in losses[1:]:
+        assert found == pytest.approx(losses[0], rel=0.05)
+
+
+def train_precisions():
+    return ("fp32", "tf32", "fp16", "bf16")
+
+
+def test_a_step_in_low_precision_is_that_of_a_model_called_in_it():
+    spec = change(method="sgd", precision="bf16", weight_decay=0.0, momentum=0.0)
+    training = train.Training.start(spec, CPU)
+    model, split = train.build_model(spec, training.splits, CPU), training.splits.train
+    with arithmetic("bf16", CPU):
+        loss = functional.cross_entropy(model.train()(split.inputs[:10]).float(), split.labels[:10])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+    training.model.train()
+    training.take(torch.arange(10))
+    assert training.losses[0].item() == loss.item()
+    for found, before, grad in zip(training.model.parameters(), model.parameters(), grads, strict=True):
+        torch.testing.assert_close(found, before - spec.optim.lr * grad)
+
+
+def test_the_loss_scale_leaves_gradients_that_need_none_and_saves_those_that_do(store):
+    """Most gradients of a loss times 1e-8 are below float16's smallest number."""
+
+    def gradient(scale, factor):
+        training = train.Training.start(change(method="sgd", precision="fp16", loss_scale=scale), CPU)
+        shards = train.Shards(training.spec, training.model, training.optimizer, *train._tensors(training.splits.train))
+        shards._loss = lambda part, loss=shards._loss: loss(part) * factor
+        shards.closures[0]()
+        return torch.cat([p.grad.flatten() for p in training.model.parameters()])
+
+    large = gradient(1024.0, 1.0).double()
+    for scale, factor, kept in ((8.0, 1.0, True), (2.0**30, 1e-8, True), (8.0, 1e-8, False)):
+        found = gradient(scale, factor).double()
+        assert (found @ large / found.norm() / large.norm() > 0.999) == kept
+
+
+def test_an_overflow_in_fp16_skips_the_step_and_leaves_the_weights(store):
+    spec = change(precision="fp16", loss_scale=2.0**40, epochs=1)
+    training = train.Training.start(spec, CPU)
+    before = [p.detach().clone() for p in training.model.parameters()]
+    training.model.train()
+    training.take(torch.arange(10))
+    assert all(torch.equal(p, q) for p, q in zip(training.model.parameters(), before, strict=True))
+    assert training.optimizer.skipped_steps == 1
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model.name": "resnet20"},
+        {"model.name": "resnet18", "stem": "imagenet", "num_outputs": 1000},
+        {"model.name": "resnet18", "stem": "imagenet", "num_outputs": 1000, "norm": "none", "method": "asam", "eta": 0},
+    ],
+    ids=lambda fields: " ".join(str(value) for value in fields.values()),
+)
+def test_a_network_for_cifar_trains_and_is_measured(store, fields):
+    spec = change(**fields, width=8, epochs=1, lr=0.001)
+    record = train.run(spec, store, "cpu")
+    assert record.status == "done"
+    assert math.isfinite(record.final["last"]["test_loss"])
+    measure = specs_of.MeasureSpec(record.key, "adversarial_sharpness", images=16)
+    measured = train.run(measure, store, "cpu")
+    everything = train.run(dataclasses.replace(measure, images=None), store, "cpu")
+    assert measured.status == "done"
+    assert measured.measures != everything.measures
