@@ -22,6 +22,7 @@ from samlib import spec as specs_of
 from samlib.arithmetic import arithmetic
 from samlib.augment import Augmentation
 from samlib.errors import InputError
+from samlib.graph import GraphedStep, assign, make_static
 from samlib.measures import WeightLoss, asymmetry, connectivity, hessian, precision, sharpness, tails
 from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, OptimSpec, RunSpec, Spec
 from samlib.store import NUMERICS, Record, Store, parent_run, parent_spec
@@ -44,6 +45,7 @@ def run(
     device: str | None = None,
     deadline: float = math.inf,
     report: Callable[["Training"], None] | None = None,
+    graph: bool = False,
 ) -> Record | None:
     """Turns a spec into its record and saves it. A run that was cut goes on from its checkpoint.
 
@@ -55,6 +57,9 @@ def run(
         deadline: the value of `time.monotonic()` at which a training leaves a checkpoint behind and stops. Measures,
             paths and checks, which cannot go on where they stopped, do not look at it.
         report: called with the training before each of its steps.
+        graph: make the step of a training one CUDA graph, where it has one sequence of operations; on a CPU the same
+            step eagerly. It differs from the plain one by rounding. Off until `tests/test_graph_cuda.py` and
+            `tests/test_train_cuda.py` have passed on a GPU.
 
     Returns:
         The record; None for a training that the deadline cut.
@@ -66,7 +71,7 @@ def run(
     with arithmetic("fp32", chosen):  # but for the steps of a run of another precision
         match spec:
             case RunSpec():
-                record = train(spec, store, chosen, deadline, report)
+                record = train(spec, store, chosen, deadline, report, graph)
             case MeasureSpec():
                 record = measure(spec, store, chosen)
             case ConnectSpec():
@@ -86,11 +91,12 @@ def train(
     device: torch.device,
     deadline: float = math.inf,
     report: Callable[["Training"], None] | None = None,
+    graph: bool = False,
 ) -> Record | None:
     """Trains a model, keeps its weights, and returns its record; None where the deadline came first."""
     checkpoint = store.checkpoint_path(specs_of.key(spec))
     with torch.random.fork_rng():  # dropout draws from the global generator
-        training = Training.start(spec, device)
+        training = Training.start(spec, device, graph)
         training.resume(checkpoint)
         training.go_on(partial(training.save, checkpoint), deadline, report)
         if training.status == "running":
@@ -289,6 +295,8 @@ class Training:
     epoch_order: Tensor  # the state of `order` from which the batches of this epoch were drawn
     augmentation: Augmentation
     draws: torch.Generator  # of the augmentation, on the device
+    graph: bool = False
+    graphed: GraphedStep | None = None
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -297,15 +305,18 @@ class Training:
     losses: list[Tensor] = field(default_factory=list)  # of the steps of this epoch
 
     @classmethod
-    def start(cls, spec: RunSpec, device: torch.device) -> "Training":
+    def start(cls, spec: RunSpec, device: torch.device, graph: bool = False) -> "Training":
+        graph = graph and not (spec.optim.is_hybrid or spec.train.replay_dropout)  # they have no one sequence
         splits = load_splits(spec, device)
         model = build_model(spec, splits, device)
         torch.manual_seed(data.generator(spec.seed, "dropout").initial_seed())
-        optimizer = build_optimizer(spec.optim, model, spec.seed)
+        optimizer = build_optimizer(spec.optim, model, spec.seed, graph)
+        if graph:
+            make_static(optimizer)
         order = data.generator(spec.seed, "order")
         draws = torch.Generator(device).manual_seed(data.generator(spec.seed, "augmentation").initial_seed())
         augmentation = Augmentation(**dataclasses.asdict(spec.augment))
-        training = cls(spec, device, splits, model, optimizer, order, order.get_state(), augmentation, draws)
+        training = cls(spec, device, splits, model, optimizer, order, order.get_state(), augmentation, draws, graph)
         if training.steps_per_epoch == 0:
             raise InputError(
                 f"train.batch_size = {spec.train.batch_size} is larger than the {len(splits.train)} training images: "
@@ -366,13 +377,17 @@ class Training:
 
     def take(self, indices: Tensor) -> None:
         """A step on these images, and what follows the last one of an epoch."""
-        chosen = indices.to(self.device)
-        labels = self.splits.train.labels[chosen]
-        if not self.augmentation.active:
-            self.losses.append(self.one_step(self.splits.train.inputs[chosen], labels))
+        chosen, settings = indices.to(self.device), self.spec.optim
+        ascent = ascends(settings, self.step, self.steps)
+        lr = learning_rate(settings, self.step, self.steps)
+        # with rho 0 a SAM makes the step of its base optimiser, on the same momentum
+        assign(self.optimizer, lr=lr, rho=settings.rho if ascent else 0.0)
+        if self.graph and len(chosen) == self.spec.train.batch_size:
+            loss = self.as_graph(chosen)(chosen)
         else:
-            inputs, mixed = self.augmented(chosen, labels)
-            self.losses.append(self.one_step(inputs, labels, mixed))
+            loss = self.one_step(chosen, ascent)
+        self.losses.append(loss)
+        self.step += 1
         if self.steps_of_epoch == self.steps_per_epoch or self.step == self.steps:
             self.end_epoch()
 
@@ -384,6 +399,13 @@ class Training:
         self.losses = []
         self.log(running_loss)
 
+    def as_graph(self, chosen: Tensor) -> GraphedStep:
+        """The step of this training as a graph, made once."""
+        if self.graphed is None:
+            drawn = [self.draws] if self.augmentation.active else []
+            self.graphed = GraphedStep(partial(self.one_step, ascent=True), self.optimizer, [chosen], generators=drawn)
+        return self.graphed
+
     def augmented(self, chosen: Tensor, labels: Tensor) -> tuple[Tensor, "Mixed | None"]:
         """These training images, augmented, and what of others is mixed into them."""
         pixels = self.splits.pixels
@@ -392,15 +414,17 @@ class Training:
         inputs = self.augmentation.apply(images, drawn, pixels.mean, pixels.sd)
         return inputs, None if drawn.partner is None else Mixed(labels[drawn.partner], drawn.share)
 
-    def one_step(self, inputs: Tensor, labels: Tensor, mixed: "Mixed | None" = None) -> Tensor:
-        """One step of any method, and the loss that is logged."""
-        ascent = ascends(self.spec.optim, self.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.spec.optim, self.step, self.steps)
-            if "rho" in group:  # with rho 0 a SAM makes the step of its base optimiser, on the same momentum
-                group["rho"] = self.spec.optim.rho if ascent else 0.0
-        self.step += 1
-        shards = Shards(self.spec, self.model, self.optimizer, inputs, labels, mixed, whole=not ascent)
+    def one_step(self, chosen: Tensor, ascent: bool) -> Tensor:
+        """One step of any method on these training images, and the loss that is logged."""
+        labels, mixed = self.splits.train.labels[chosen], None
+        if self.augmentation.active:
+            inputs, mixed = self.augmented(chosen, labels)
+        else:
+            inputs = self.splits.train.inputs[chosen]
+        return self.step_on(inputs, labels, mixed, ascent)
+
+    def step_on(self, inputs: Tensor, labels: Tensor, mixed: "Mixed | None" = None, ascent: bool = True) -> Tensor:
+        shards = self.shards(inputs, labels, mixed, whole=not ascent)
         if isinstance(self.optimizer, optim.SAM):
             loss = self.optimizer.step(
                 shards.closures, weights=shards.weights, replay_rng=self.spec.train.replay_dropout
@@ -418,7 +442,7 @@ class Training:
             self.status = "done"
         if self.status == "running" and self.epoch % self.spec.train.eval_every:
             return
-        row = {"epoch": self.epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        row = {"epoch": self.epoch, "step": self.step, "lr": float(self.optimizer.param_groups[0]["lr"])}
         row["running_loss"] = running_loss
         if self.spec.train.precision != "fp32" and self.spec.optim.method in ("sam", "asam"):
             acting = self.effective_perturbation() if self.status != "diverged" else {}
@@ -457,13 +481,17 @@ class Training:
             return {}
         self.model.train()
         size = self.spec.train.batch_size
-        shards = Shards(self.spec, self.model, self.optimizer, *(t[:size] for t in _tensors(self.splits.train)))
+        shards = self.shards(*(t[:size] for t in _tensors(self.splits.train)))
         with batchnorm.second_pass(self.model, "frozen"):
             shards.closures[0]()
         weights = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
         found = precision.effective_perturbation(weights, self.optimizer.perturbation(), self.spec.train.precision)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.graph)
         return found
+
+    def shards(self, *batch: Any, whole: bool = False) -> "Shards":
+        """The closures of a step on these images, labels and what is mixed in."""
+        return Shards(self.spec, self.model, self.optimizer, *batch, whole=whole, in_place=self.graph)
 
     def save(self, path: Path) -> None:
         save_tensors(
@@ -492,6 +520,8 @@ class Training:
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.graph:
+            make_static(self.optimizer)
         self.draws.set_state(state["draws"])
         torch.set_rng_state(state["random"])
         if state["cuda_random"] is not None and self.device.type == "cuda":
@@ -514,7 +544,7 @@ class Mixed(NamedTuple):
 class Shards:
     """The closures of one step: one per shard of the mini-batch, each called first at w and then at w + eps.
 
-    With `whole` there is one, of the whole mini-batch.
+    With `whole` there is one, of the whole mini-batch. With `in_place` gradients stay where they are, as a graph needs.
     """
 
     def __init__(
@@ -526,9 +556,10 @@ class Shards:
         labels: Tensor,
         mixed: Mixed | None = None,
         whole: bool = False,
+        in_place: bool = False,
     ) -> None:
         self.spec, self.model, self.optimizer = spec, model, optimizer
-        self.inputs, self.labels, self.mixed = in_layout(inputs), labels, mixed
+        self.inputs, self.labels, self.mixed, self.in_place = in_layout(inputs), labels, mixed, in_place
         self.parts = [slice(0, len(labels))] if whole else self._split(len(labels))
         self.closures = [partial(self.loss_and_gradient, part) for part in self.parts]
         sizes = [part.stop - part.start for part in self.parts]
@@ -537,8 +568,7 @@ class Shards:
 
     def loss_and_gradient(self, part: slice) -> Tensor:
         """What every optimiser of samlib calls: clears the gradients, computes the loss, calls backward."""
-        for parameter in self.model.parameters():  # zero_grad takes a tenth of a small network's step
-            parameter.grad = None
+        self._clear_gradients()
         with self._batch_norm(part), self.arithmetic():
             loss = self._loss(part)
             if self.spec.train.precision == "fp16":
@@ -550,6 +580,13 @@ class Shards:
         elif self.spec.optim.clip == "both":
             nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optim.clip_norm)
         return loss
+
+    def _clear_gradients(self) -> None:
+        if self.in_place:
+            self.optimizer.zero_grad(set_to_none=False)
+            return
+        for parameter in self.model.parameters():  # zero_grad takes a tenth of a small network's step
+            parameter.grad = None
 
     def arithmetic(self) -> AbstractContextManager:
         name, device = self.spec.train.precision, self.inputs.device
@@ -635,8 +672,9 @@ def build_model(
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
-def build_optimizer(spec: OptimSpec, model: nn.Module, seed: int) -> torch.optim.Optimizer:
-    """The optimiser of a spec, with its base optimiser, weight decay, clipping and filters."""
+def build_optimizer(spec: OptimSpec, model: nn.Module, seed: int, graph: bool = False) -> torch.optim.Optimizer:
+    """The optimiser of a spec, with its base optimiser, weight decay, clipping and filters; for a `graph` with a fused
+    base and flat buffers."""
     base = partial(
         ClippedSGD if spec.clip != "none" else torch.optim.SGD,
         lr=spec.lr,
@@ -644,14 +682,16 @@ def build_optimizer(spec: OptimSpec, model: nn.Module, seed: int) -> torch.optim
         nesterov=spec.nesterov,
         weight_decay=spec.weight_decay if spec.weight_decay_in == "update" else 0.0,
         **({"clip_norm": spec.clip_norm} if spec.clip != "none" else {}),
+        **({"fused": True} if graph else {}),
     )
     parameters = list(model.parameters())
     perturb_filter = _with_axes if spec.perturbed == "weights" else None
     if spec.method == "sgd":
         return base(parameters)
+    flat = {"flat": True} if graph else {}
     if spec.method == "average_sam":
-        return optim.AverageSAM(parameters, base, spec.rho, seed=seed, perturb_filter=perturb_filter)
-    settings: dict[str, Any] = {"p": spec.p, "perturb_filter": perturb_filter}
+        return optim.AverageSAM(parameters, base, spec.rho, seed=seed, perturb_filter=perturb_filter, **flat)
+    settings: dict[str, Any] = {"p": spec.p, "perturb_filter": perturb_filter, **flat}
     if spec.method == "sam":
         return optim.SAM(parameters, base, spec.rho, **settings)
     scale_filter = _with_axes if spec.scaled == "weights" else None

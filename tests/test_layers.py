@@ -42,6 +42,7 @@ MAY_IMPORT = {
         "provenance",
         "arithmetic",
         "augment",
+        "graph",
         "torch",
     },
     "store": {"errors", "spec", "experiments", "pandas"},

@@ -386,7 +386,7 @@ def test_a_measure_of_a_run_that_diverged_is_a_diverged_record(store):
 def test_a_skipped_step_logs_no_perturbed_loss(store):
     training = train.Training.start(change(logged_loss="w+eps", num_shards=2), CPU)
     inputs = torch.full((16, 1, 8, 8), math.nan)
-    assert math.isnan(training.one_step(inputs, torch.zeros(16, dtype=torch.int64)).item())
+    assert math.isnan(training.step_on(inputs, torch.zeros(16, dtype=torch.int64)).item())
 
 
 def test_statistics_per_batch_count_each_batch_once():

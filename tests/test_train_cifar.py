@@ -241,3 +241,51 @@ def test_a_network_for_cifar_trains_and_is_measured(store, fields):
     everything = train.run(dataclasses.replace(measure, images=None), store, "cpu")
     assert measured.status == "done"
     assert measured.measures != everything.measures
+
+
+# ------------------------------------------------------------------------------------------------ the step of a graph
+
+METHODS = {
+    "sgd": {"method": "sgd", "nesterov": True, "clip": "descent", "clip_norm": 0.5},
+    "sam": {"clip": "descent", "clip_norm": 0.5},
+    "msam": {"num_shards": 5},
+    "msam, statistics of the batch": {"num_shards": 5, "shard_batchnorm": "batch"},
+    "asam": {"method": "asam", "rho": 0.5},
+    "average_sam": {"method": "average_sam"},
+    "w+eps": {"logged_loss": "w+eps"},
+    "update": {"second_pass_batchnorm": "update"},
+}
+
+
+@pytest.mark.parametrize("fields", METHODS.values(), ids=METHODS)
+def test_the_step_that_is_made_a_graph_is_the_plain_one_up_to_rounding(fields):
+    """On a CPU it runs eagerly, with the fused optimiser and the flat buffers; 36 images leave a smaller last batch."""
+    spec = dataclasses.replace(change(drop_last=False, train_size=36, lr=0.02, **fields), augment=EVERYTHING)
+    plain, graphed = (train.Training.start(spec, CPU, graph) for graph in (False, True))
+    for training in (plain, graphed):
+        training.go_on(lambda: None)
+        assert training.status == "done"
+    assert graphed.graphed.calls == 9
+    for name, column in plain.record().history.items():
+        assert graphed.record().history[name] == pytest.approx(column, rel=1e-3), name
+
+
+def test_a_run_with_a_graph_cut_in_mid_epoch_ends_as_if_it_had_not_been(store, tmp_path):
+    spec, path = dataclasses.replace(SMALL, augment=EVERYTHING), tmp_path / "cut"
+    whole = train.run(spec, store, "cpu", graph=True)
+    training = train.Training.start(spec, CPU, graph=True)
+    for _, indices in zip(range(6), training.batches_left(), strict=False):
+        training.take(indices)
+    training.save(path)
+    again = train.Training.start(spec, CPU, graph=True)
+    again.resume(path)
+    again.go_on(lambda: None)
+    assert again.record().history == whole.history
+    assert same(again.model.state_dict(), weights(store, spec))
+
+
+def test_a_run_without_one_sequence_of_operations_has_no_graph():
+    for fields in ({"ascent_from": 0.5}, {"replay_dropout": True, "dropout": 0.5}):
+        training = train.Training.start(change(**fields), CPU, graph=True)
+        training.go_on(lambda: None)
+        assert training.graphed is None
