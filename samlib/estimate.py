@@ -40,6 +40,7 @@ MEGAMACS = {
 IMAGENET_STEM = 1 / 15  # of the multiply-adds that the stem for CIFAR leads to
 FORWARD = 0.5  # of the time of a forward and a backward pass
 PRODUCTS = 12  # of the Hessian with a vector, for its largest eigenvalue; each costs two passes
+LOADING_SECONDS = 0.01  # of images and a model that are measured
 CHECK_SECONDS = 0.5
 
 
@@ -65,7 +66,7 @@ def modelled(spec: Spec, run: RunSpec | None = None, machine: Machine = ONE_CORE
         case RunSpec():
             return training(spec, machine) + evaluations(spec, machine)
         case MeasureSpec():
-            return _seconds(*_measured(spec, run), run, machine)
+            return LOADING_SECONDS + _seconds(*_measured(spec, run), run, machine)
         case ConnectSpec():
             return _seconds(*_connected(spec, run), run, machine)
         case CheckSpec():
@@ -114,9 +115,9 @@ def _measured(spec: MeasureSpec, run: RunSpec) -> tuple[float, float]:
         "lambda_max": 2.0 * PRODUCTS,
         "adversarial_sharpness": 2.0 + spec.steps,
         "asymmetry_factor": FORWARD * spec.directions * 17,  # two sides at eight distances, and the middle
-        "first_layer_kurtosis": 0.01,
+        "first_layer_kurtosis": 0.0,
     }[spec.measure]
-    return times * math.ceil(images / 1000), times * images
+    return times * math.ceil(images / (spec.shard_size or 1000)), times * images
 
 
 def _connected(spec: ConnectSpec, run: RunSpec) -> tuple[float, float]:

@@ -15,8 +15,8 @@ from samlib.spec import RunSpec, Spec
 from samlib.store import Store
 
 SECONDS = 60.0  # for all settings together
-SETTING_SECONDS = 5.0  # for one of them, warm-up included
-WARM_UP = 5  # steps that are not timed
+SETTING_SECONDS = 3.0  # for one of them, but for its first step
+WARM_UP = 5  # further steps that are not timed
 # The steps of a training that is far from its end, evaluates nothing and ascends from the first step on.
 ENDLESS = {"epochs": 10**6, "eval_every": 10**6, "updates": None, "ascent_from": 0.0, "ascent_until": 1.0}
 
@@ -43,29 +43,31 @@ def probe(specs: Sequence[Spec], store: Store, device: str | None = None, second
         except RuntimeError as error:  # out of memory, or a network that this device cannot run
             yield f"{name}: not measured, {str(error).splitlines()[0]}"
             continue
-        if found is None:
-            yield f"{name}: not measured, {WARM_UP} steps took all of its time"
-            continue
         keep(spec, found, store, chosen)
         yield f"{name}: {found:,.0f} images per second"
 
 
-def images_per_second(spec: RunSpec, device: torch.device, seconds: float) -> float | None:
-    """Of the steps of a training, after some that are not timed; None where these take all of the time."""
-    started = time.monotonic()
+def images_per_second(spec: RunSpec, device: torch.device, seconds: float) -> float:
+    """Of at least one step of a training, and of as many as the time allows after the first ones, which are not timed
+    (the very first one, which may compile, does not count at all)."""
     endless = specs_of.override(spec, ENDLESS)
     with torch.random.fork_rng():
         training = train.Training.start(endless, device)
         steps = training.batches_left()
+        training.take(next(steps))
+        ends = time.monotonic() + seconds
         for indices in islice(steps, WARM_UP):
             training.take(indices)
+            if time.monotonic() > ends - seconds / 2:
+                break
         synchronize(device)
         begun, first = time.monotonic(), training.step
-        while time.monotonic() - started < seconds and training.status == "running":
-            training.take(next(steps))
+        for indices in steps:
+            training.take(indices)
+            if time.monotonic() > ends:
+                break
         synchronize(device)
-    taken = training.step - first
-    return taken * spec.train.batch_size / (time.monotonic() - begun) if taken else None
+    return (training.step - first) * spec.train.batch_size / (time.monotonic() - begun)
 
 
 def keep(spec: RunSpec, found: float, store: Store, device: torch.device) -> None:

@@ -34,6 +34,7 @@ POLL_SECONDS = 0.2  # between two looks at whether Ctrl-C was pressed
 POOL_RESTARTS = 2  # a worker may be killed from outside; the same sweep starts a new pool this often
 SAFETY = 1.2  # times its estimate must be left before anything is begun that cannot be gone on with
 LINE_SECONDS = 15.0  # between two lines of progress where standard error is no terminal
+LOOK_SECONDS = 1.0  # between two looks at a training
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -383,14 +384,16 @@ class Progress:
     def during(self, training: Any) -> None:
         """Called before each step of a training; looks at the first one and then once a second."""
         now, spec = time.monotonic(), training.spec
-        if self.looked is not None and now - self.looked[0] < 1:
+        if self.looked is not None and now - self.looked[0] < LOOK_SECONDS:
             return
-        if self.looked is not None:
+        done = self.costs.get(specs_of.key(spec), 0.0) * training.step / training.steps
+        if self.looked is None:
+            self.bar.initial += done  # in an earlier sweep: it says nothing of the time left
+        else:
             images = (training.step - self.looked[1]) * spec.train.batch_size / (now - self.looked[0])
             self.pace = f", epoch {training.epoch + 1}/{spec.train.epochs}, {images:,.0f} images/s"
-            self.bar.n = self.cost + self.costs.get(specs_of.key(spec), 0.0) * training.step / training.steps
-            self.show()
-        self.looked = now, training.step
+        self.looked, self.bar.n = (now, training.step), self.cost + done
+        self.show()
 
     def end(self, record: Record) -> None:
         self.ended += 1
