@@ -78,11 +78,11 @@ def conventions() -> str:
 
 
 def rules() -> str:
-    """Every claim with its rule, one heading per paper."""
+    """Every claim with its rule, one heading per paper, and one for this study."""
     known = published.claims().values()
     sections = [
         f"### {paper}\n\n" + "\n".join(rule(claim) for claim in known if claim.paper == paper)
-        for paper in published.PAPERS
+        for paper in (*published.PAPERS, published.OWN)
     ]
     return "\n".join(sections)
 

@@ -76,6 +76,12 @@ PATHS = {  # cell -> how what lies along a path of it looks
     "equal epochs": Style("chain, large batch with equal epochs", "#009E73", "^", varied=True),
     "as published": Style("chain as published", "#D55E00", "X", varied=True),
 }
+PRECISIONS = {  # of products, where lines of one method differ in nothing else
+    "fp32": Style("fp32", "#333333", "o"),
+    "tf32": Style("TF32", "#56B4E9", "s"),
+    "fp16": Style("fp16", "#009E73", "^"),
+    "bf16": Style("bf16", "#D55E00", "X"),
+}
 OUTCOMES = {
     "reproduced": ("#009E73", "o", 6.5),
     "not reproduced": ("#D55E00", "X", 7.0),
@@ -104,6 +110,9 @@ METRICS = {
     "epoch": "epoch",
     "train.batch_size": "batch size",
     "optim.num_shards": "shards per mini-batch",
+    "optim.rho": "rho, radius of the perturbation",
+    "perturbation_cosine": "cosine of what acts of eps with eps",
+    "perturbation_norm_ratio": "norm of what acts of eps, over that of eps",
 }
 EPOCHS = {"best_test": "best test epoch", "best_validation": "best validation epoch"}
 
@@ -117,7 +126,7 @@ def style(role: str) -> Style:
     Raises:
         InputError: the role belongs to no method of this study.
     """
-    known = METHODS | VARIED | PAIRS
+    known = METHODS | VARIED | PAIRS | PRECISIONS
     if role in known:
         return known[role]
     method, _, rest = role.partition(" ")

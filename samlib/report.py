@@ -18,6 +18,7 @@ from samlib.experiments import tuning
 from samlib.experiments.tuning import Choice
 from samlib.rules import RULES
 from samlib.rules.conventions import INFORMATION, Part
+from samlib.rules.precision import LEAST_COSINE, RHO, SAM, SGD
 from samlib.stats import Interval
 from samlib.study import Study, spec_fields
 
@@ -191,6 +192,58 @@ def rises(study: Study, column: str, roles: Sequence[str]) -> pd.DataFrame:
     found = tables.groupby(["mu", "role"], sort=True)[["rise_plus", "rise_minus"]].mean().map(number)
     wide = found.unstack("role").swaplevel(axis="columns").reindex(columns=roles, level=0)
     return wide.rename(columns={role: name(role) for role in roles})
+
+
+def low_precision_text(frame: pd.DataFrame, cell: str) -> str:
+    """What a user of mixed precision must know, in two sentences: what acts of the perturbation, and what that costs.
+
+    Both follow from the runs of a cell of experiment 14; of precisions that have not been run nothing is said.
+    """
+    cosines = {precision: _mean(frame, cell, SAM[precision], "perturbation_cosine") for precision in SAM}
+    cosines = {precision: cosine for precision, cosine in cosines.items() if not math.isnan(cosine)}
+    if "bf16" not in cosines or len(cosines) == 1:
+        return "The runs that say it are missing."
+    norm = _mean(frame, cell, SAM["bf16"], "perturbation_norm_ratio")
+    beside = ", ".join(
+        f"{number(cosine)} in {precision}" for precision, cosine in cosines.items() if precision != "bf16"
+    )
+    return (
+        f"Where products round weights to bf16, what acts of SAM's perturbation of norm {RHO:g} has a cosine of "
+        f"{number(cosines['bf16'])} with it and {number(norm)} times its norm, against a cosine of {beside}. "
+        f"{_cost_of_bf16(frame, cell)}: {_advice([name for name in cosines if cosines[name] >= LEAST_COSINE])}."
+    )
+
+
+def _mean(frame: pd.DataFrame, cell: str, role: str, metric: str) -> float:
+    return stats.mean(list(by_seed(frame, cell, role, metric).values())).estimate
+
+
+def _cost_of_bf16(frame: pd.DataFrame, cell: str) -> str:
+    accuracies = {
+        role: by_seed(frame, cell, role, "test_accuracy_pct") for arms in (SAM, SGD) for role in arms.values()
+    }
+    gains = (stats.differences(accuracies[SAM[name]], accuracies[SGD[name]]) for name in ("bf16", "fp32"))
+    gap = stats.paired_difference(*gains)
+    if gap.n == 0:
+        return "What that costs is open, as runs in fp32 are missing"
+    verdict = (
+        "costs accuracy"
+        if gap.high < 0
+        else "costs no accuracy here"
+        if gap.low > 0
+        else "may or may not cost accuracy"
+    )
+    return f"It {verdict}, as SAM's gain over SGD in bf16 less that in fp32 is {interval_text(gap)} points"
+
+
+def _advice(kept: Sequence[str]) -> str:
+    """`kept`: the precisions in which enough of the perturbation is left."""
+    if "bf16" in kept:
+        return "bf16 will do for this network and radius, and `acting_perturbation` tells whether it will for yours"
+    return (
+        f"to climb where SAM means to, use {' or '.join(kept)}, or a larger radius, and ask `acting_perturbation` what "
+        "your network loses"
+    )
 
 
 def settings(study: Study, **pick: Sequence[str]) -> pd.DataFrame:

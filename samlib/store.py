@@ -28,6 +28,7 @@ SCHEMA = 1  # version of the record's form
 NUMERICS = 2  # raised by hand whenever a change to samlib can move results: older records then show as stale
 
 METRICS = tuple(f"{split}_{metric}" for split in ("train", "validation", "test") for metric in ("loss", "accuracy_pct"))
+PERTURBATION = ("perturbation_norm_ratio", "perturbation_cosine", "perturbation_unmoved_fraction")
 STATUSES = ("done", "diverged", "failed")
 STORES = ("results", "runs")
 
@@ -303,7 +304,8 @@ def expected_columns(member: Spec) -> Sequence[str]:
     if isinstance(member, ConnectSpec):
         return member.values
     epochs = ("", "@best_test", *(["@best_validation"] if member.data.validation_size else []))
-    return [f"{metric}{epoch}" for metric in METRICS for epoch in epochs]
+    acting = PERTURBATION if member.optim.method in ("sam", "asam") else ()
+    return [*(f"{metric}{epoch}" for metric in METRICS for epoch in epochs), *acting]
 
 
 def metrics(record: Record) -> dict[str, float | None]:

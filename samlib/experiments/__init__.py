@@ -29,6 +29,7 @@ STEMS = (
     "asymmetry",
     "mode_connectivity",
     "optimizer_table",
+    "precision",
 )
 PROFILES = ("quick", "gpu", "paper")
 

@@ -10,6 +10,7 @@ from samlib.rules import (
     mode_connectivity,
     msam_sweep,
     optimizer_table,
+    precision,
     sam_by_hand,
     sam_vs_sgd,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "mode_connectivity",
     "msam_sweep",
     "optimizer_table",
+    "precision",
     "sam_by_hand",
     "sam_vs_sgd",
 ]
