@@ -30,7 +30,7 @@ else without a word. So `GraphedStep` compares, in every call, the optimiser's s
 and state with those of the capture. It does not see what else the step uses: change a model's buffers in place.
 
 What can be captured: SGD, SAM, ASAM, average SAM and mSAM around a base optimiser of torch with `fused=True`. Its
-kernel reads lr on the device; torch's other ones read it on the host. (They differ by rounding, so compare a graph with
+kernel reads lr on the device, where SGD's others read it on the host. (They differ by rounding, so compare a graph with
 a fused eager run.) Under SAM it also skips an update whose gradient is not finite. `torch.nn.utils.clip_grad_norm_`
 clamps on the device. Not `second_order`, `ascent_every` above 1, a GradScaler, `replay_rng`, nor the vectorised passes
 of `Shards`, which make a tensor from numbers of the host (`ParallelShards` does not). Enter autocast in the step, not
@@ -81,7 +81,8 @@ class GraphedStep:
     Replays run on the caller's stream. Without a GPU every call is eager.
 
     Args:
-        step: step(*inputs) -> loss, a tensor without axes. The whole step: gradients, ascent, update.
+        step: step(*inputs) -> loss, a tensor without axes. The whole step: gradients, ascent, update. While it is
+            captured no loss of another step may be kept with its autograd graph, which belongs to another stream.
         optimizer: the one that it steps, after `make_static`.
         inputs: examples of the tensors that the step is given, of the shapes and dtypes of all calls to come.
         generators: those on the device from which the step draws; an AverageSAM's own is found.

@@ -67,26 +67,26 @@ def radius(step, of):
     return of * (1 + step % 7) / 7
 
 
-def make(method, model, *, flat=False, **settings):
+def make(method, model, *, flat=False, set_to_none=False, **settings):
     """The optimiser and the step of a method, for the ordinary loop or a graph."""
     optimizer, num_shards = METHODS[method]
     switches = {} if "sgd" in method else {"flat": flat}
     opt = optimizer(model.parameters(), lr=0.1, **switches, **settings)
-    return opt, partial(one_step, method, opt, model, num_shards)
+    return opt, partial(one_step, method, opt, model, num_shards, set_to_none=set_to_none)
 
 
-def one_step(method, opt, model, num_shards, inputs, labels):
+def one_step(method, opt, model, num_shards, inputs, labels, set_to_none=False):
     if method == "parallel msam" and opt.param_groups[0]["fused"]:
         return opt.step(ParallelShards(opt, model, functional.cross_entropy, inputs, labels, num_shards=num_shards))
     closures = [
-        partial(loss_and_gradient, opt, model, *part)
+        partial(loss_and_gradient, opt, model, *part, set_to_none)
         for part in zip(inputs.chunk(num_shards), labels.chunk(num_shards), strict=True)
     ]
     return opt.step(closures if isinstance(opt, SAM) else closures[0])
 
 
-def loss_and_gradient(opt, model, inputs, labels):
-    opt.zero_grad(set_to_none=False)
+def loss_and_gradient(opt, model, inputs, labels, set_to_none=False):
+    opt.zero_grad(set_to_none)
     with second_pass(model, "frozen" if getattr(opt, "in_second_pass", False) else "update"):
         loss = functional.cross_entropy(model(inputs), labels)
     loss.backward()
@@ -192,6 +192,17 @@ def test_a_graph_is_the_eager_step_of_the_same_optimiser_bit_for_bit(method):
     assert eager._graph is None
     assert torch.equal(train(taped_opt, taped), expected)
     assert all(map(torch.equal, state(taped_opt, taped_model), state(opt, model)))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("method", ["sgd", "sam", "msam"])
+def test_gradients_may_be_set_to_none(method, flat):
+    model = network()
+    opt, step = make(method, model)
+    expected = train(opt, step, 20)
+    taped_model, taped_opt, taped = graphed(method, flat=flat, set_to_none=True)
+    assert_close(train(taped_opt, taped, 20), expected)
+    assert_close(state(taped_opt, taped_model), state(opt, model))
 
 
 @pytest.mark.parametrize("method", ["sgd", "clipped sgd"])
