@@ -113,15 +113,21 @@ def coldenhoff(profile: str) -> tuple[Arm, ...]:
     return (
         *(Arm(role, "plain", spec, cifar.PLAIN_SEEDS, priority=first) for role, spec in specs.items()),
         Arm("sam_half", "plain", specs["sam"], cifar.PLAIN_SEEDS[:5], epochs_factor=0.5, priority=first),
-        Arm("sgd_double", "plain", specs["sgd"], cifar.PLAIN_SEEDS[: cifar.OWN], epochs_factor=2.0, priority=first),
+        Arm(
+            "sgd_double",
+            "plain",
+            specs["sgd"],
+            cifar.PLAIN_SEEDS[: cifar.OWN],
+            epochs_factor=2.0,
+            priority=cifar.BESIDE,
+        ),
     )
 
 
 def coldenhoff_fp32() -> tuple[Arm, ...]:
-    """The same in fp32, against which the precision of the profile is held; it decides nothing."""
-    seeds = cifar.PLAIN_SEEDS[: cifar.OWN]
-    specs, priority = cifar.plain("paper"), cifar.CHOICE_OF_RHO
-    return tuple(Arm(role, "plain, fp32", spec, seeds, priority=priority) for role, spec in specs.items())
+    """SAM in fp32, against which the precision of the profile is held; it decides nothing."""
+    seeds, sam = cifar.PLAIN_SEEDS[: cifar.OWN], cifar.plain("paper")["sam"]
+    return (Arm("sam", "plain, fp32", sam, seeds, priority=cifar.CHOICE_OF_RHO),)
 
 
 def foret(cell: str) -> tuple[Arm, ...]:
