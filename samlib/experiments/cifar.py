@@ -20,9 +20,9 @@ SEEDS = tuple(range(5))
 
 # The order in which runs on a rented GPU are worth making: batch 128 of coldenhoff2022 (A), C with its radii chosen
 # first, batch 64, batch 16, what stands beside them for information, then the table of boca2023. By the conservative
-# estimate (tests/test_profiles.py does the arithmetic) one run at a time takes 22 minutes for A, 11 for the choice and a
-# control, 33 and 16 for C at published and at chosen radii, 15 for C with batch norm, 36, 43 and 14 for the next three:
-# 192 for the 50 that they have. Two runs side by side bring A and C to 49, four bring all to 48.
+# estimate (tests/test_profiles.py does the arithmetic) one run at a time takes 22 minutes for A, 11 for the choice and
+# a control, 33 and 16 for C at published and at chosen radii, 15 for C with batch norm, 36, 43 and 14 for the next
+# three: 192 for the 50 that they have. Two runs side by side bring A and C to 49, four bring all to 48.
 PLAIN_FIRST, CHOICE_OF_RHO, WITHOUT_NORM, WITH_NORM, BATCH_64, BATCH_16, BESIDE, TABLE, TABLE_BESIDE = range(1, 10)
 
 # ---------------------------------------------------------------------------------------------- coldenhoff2022
