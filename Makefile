@@ -71,7 +71,7 @@ bench: env ## time the optimisers beside SGD and pytorch_optimizer, in half an h
 .PHONY: refresh
 refresh: env ## re-execute the stored notebooks from the committed records, and the findings table of README.md
 	@rm -rf runs/.refresh
-	$(PINNED) $(PY) notebooks/execute.py --out runs/.refresh
+	$(PINNED) $(PY) notebooks/execute.py --out runs/.refresh --workers 2
 	$(VENV)/bin/nbstripout $(STRIP) runs/.refresh/*.ipynb
 	mv runs/.refresh/*.ipynb notebooks/
 	$(PINNED) $(PY) book/findings.py README.md

@@ -1,6 +1,6 @@
 """Runs the notebooks with papermill, each in a process of its own.
 
-    python notebooks/execute.py --profile quick --store runs --out runs/quick/notebooks
+    python notebooks/execute.py --profile quick --store runs --out runs/quick/notebooks --workers 2
     python notebooks/execute.py --out /tmp/mine -p seeds "[0, 1]" -p overrides "{epochs: 20}" 01_sam_vs_sgd
 
 Parameter names are checked against the `parameters` cell of every chosen notebook before anything runs. A notebook is
@@ -18,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 INTERRUPT_GRACE_S = 15
 TRACE_LINES = 20
+POLL_S = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,12 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         notebooks = chosen(args.source, args.notebooks)
         parameters = dict(read_parameter(name, text) for name, text in given(args))
+        if args.workers < 1:
+            raise InputError(f"workers = {args.workers}: use 1 or more")
         for notebook in notebooks:
             check(notebook, parameters)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run_all(notebooks, args.out, parameters)
+    return run_all(notebooks, args.out, parameters, args.workers)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", help="same as -p profile PROFILE")
     parser.add_argument("--store", help="same as -p store STORE")
     parser.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="notebooks that run at a time (1)")
     parser.add_argument("--source", type=Path, default=HERE, metavar="DIR", help="where the notebooks are (here)")
     return parser.parse_args(argv)
 
@@ -121,35 +127,100 @@ def check(notebook: Path, parameters: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------- running
 
 
-def run_all(notebooks: Sequence[Path], out: Path, parameters: dict[str, Any]) -> int:
+@dataclass
+class Running:
+    """A notebook in the hands of papermill."""
+
+    notebook: Path
+    out: Path
+    number: int
+    started: float = field(default_factory=time.monotonic)
+    process: subprocess.Popen | None = None
+    log: Any = None
+
+    @property
+    def partial(self) -> Path:
+        return self.out / f"{self.notebook.stem}.tmp.ipynb"
+
+    def start(self, parameters: dict[str, Any]) -> "Running":
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / f"{self.notebook.stem}.failed.ipynb").unlink(missing_ok=True)
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `finish` and `stop`)
+        # a session of its own: Ctrl-C reaches it once, from here
+        self.process = subprocess.Popen(
+            command(self.notebook, self.partial, parameters),
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        return self
+
+    def finish(self) -> str | None:
+        """Puts the ended notebook in its place; what went wrong, or None."""
+        done, broken = (self.out / f"{self.notebook.stem}{end}.ipynb" for end in ("", ".failed"))
+        with self.log:
+            self.log.seek(0)
+            said = self.log.read()
+        if self.process.returncode == 0:
+            join_streams(self.partial)
+            self.partial.replace(done)
+            return None
+        done.unlink(missing_ok=True)  # of an earlier run: nobody shall take it for this one
+        if self.partial.exists():
+            self.partial.replace(broken)
+        return describe(broken, said)
+
+    def stop(self) -> None:
+        """Ends it, and leaves no half notebook."""
+        self.process.send_signal(signal.SIGINT)  # papermill then shuts its kernel down
+        try:
+            self.process.wait(INTERRUPT_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+        self.partial.unlink(missing_ok=True)
+
+
+def run_all(notebooks: Sequence[Path], out: Path, parameters: dict[str, Any], workers: int = 1) -> int:
+    """Executes the notebooks into `out`, some at a time; 0, or 1 if one failed."""
+    waiting = deque(Running(notebook, out, number) for number, notebook in enumerate(notebooks, start=1))
+    running: list[Running] = []
     failed = []
-    for number, notebook in enumerate(notebooks, start=1):
-        print(f"[{number}/{len(notebooks)}] {notebook.stem} ...", flush=True)
-        start = time.monotonic()
-        problem = run_one(notebook, out, parameters)
-        if problem:
-            failed.append(notebook.stem)
-            print(problem, file=sys.stderr, flush=True)
-        print(f"[{number}/{len(notebooks)}] {'FAILED' if problem else 'done'} in {time.monotonic() - start:.1f} s")
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                chosen = waiting.popleft()
+                print(f"[{chosen.number}/{len(notebooks)}] {chosen.notebook.stem} ...", flush=True)
+                chosen.started = time.monotonic()
+                running.append(chosen.start(parameters))
+            ended = [one for one in running if one.process.poll() is not None]
+            running = [one for one in running if one not in ended]
+            for one in ended:
+                problem = one.finish()
+                report(one, len(notebooks), problem)
+                failed += [one.notebook.stem] if problem else []
+            time.sleep(0 if ended else POLL_S)
+    except BaseException:
+        for one in running:
+            one.stop()
+        raise
     if failed:
-        print(f"{len(failed)} of {len(notebooks)} notebooks failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"{len(failed)} of {len(notebooks)} notebooks failed: {', '.join(sorted(failed))}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def run_one(notebook: Path, out: Path, parameters: dict[str, Any]) -> str | None:
-    """Executes a notebook into `out`; returns what went wrong, or None."""
-    out.mkdir(parents=True, exist_ok=True)
-    done, partial, broken = (out / f"{notebook.stem}{end}.ipynb" for end in ("", ".tmp", ".failed"))
-    broken.unlink(missing_ok=True)
-    code, log = run_papermill(notebook, partial, parameters)
-    if code == 0:
-        join_streams(partial)
-        partial.replace(done)
-        return None
-    done.unlink(missing_ok=True)  # of an earlier run: nobody shall take it for this one
-    if partial.exists():
-        partial.replace(broken)
-    return describe(broken, log)
+def report(one: Running, of: int, problem: str | None) -> None:
+    if problem:
+        print(problem, file=sys.stderr, flush=True)
+    outcome = "FAILED" if problem else "done"
+    print(f"[{one.number}/{of}] {one.notebook.stem}: {outcome} in {time.monotonic() - one.started:.1f} s", flush=True)
+
+
+def command(notebook: Path, output: Path, parameters: dict[str, Any]) -> list[str]:
+    words = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3", "--no-progress-bar"]
+    words += ["--cwd", str(notebook.parent)]
+    return words + (["-y", yaml.safe_dump(parameters)] if parameters else [])
 
 
 def join_streams(path: Path) -> None:
@@ -165,33 +236,6 @@ def join_streams(path: Path) -> None:
         if "outputs" in cell:
             cell.outputs = joined
     nbformat.write(notebook, path)
-
-
-def run_papermill(notebook: Path, output: Path, parameters: dict[str, Any]) -> tuple[int, str]:
-    command = [sys.executable, "-m", "papermill", str(notebook), str(output), "-k", "python3", "--no-progress-bar"]
-    command += ["--cwd", str(notebook.parent)]
-    if parameters:
-        command += ["-y", yaml.safe_dump(parameters)]
-    with tempfile.TemporaryFile("w+") as log:
-        # a session of its own: Ctrl-C reaches it once, from here
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code = process.wait()
-        except BaseException:
-            stop(process)
-            output.unlink(missing_ok=True)
-            raise
-        log.seek(0)
-        return code, log.read()
-
-
-def stop(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGINT)  # papermill then shuts its kernel down
-    try:
-        process.wait(INTERRUPT_GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 # ---------------------------------------------------------------------------------------------- what went wrong

@@ -83,10 +83,15 @@ def steps(profile: str, runs: Path, tuning: bool = False) -> list[Step]:
     here = ("--profile", profile, "--store", "runs")
     return [
         Step("train what is missing", (*samlib, "run", *here, *(["--tuning"] if tuning else []))),
-        Step("run the notebooks", ("notebooks/execute.py", *here, "--out", notebooks)),
+        Step("run the notebooks", ("notebooks/execute.py", *here, "--out", notebooks, "--workers", cores())),
         Step("build the book", ("book/build.py", "--notebooks", notebooks, *here, "--out", book)),
         Step("decide the claims and compare with the committed records", (*samlib, "compare", *here), verdict=True),
     ]
+
+
+def cores() -> str:
+    """Cores that this process may use."""
+    return str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

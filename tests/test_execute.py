@@ -144,17 +144,36 @@ def wait_until(condition, seconds: float) -> bool:
     return False
 
 
+def test_two_workers_run_two_notebooks_at_a_time(tmp_path):
+    """Each waits for the other's file, and the third for theirs."""
+    waits = "import os, time\nend = time.time() + 60\nwhile not os.path.exists({!r}):\n    assert time.time() < end"
+    files = [str(tmp_path / name) for name in "ab"]
+    for name, own, other in (("00_a", *files), ("01_b", *reversed(files))):
+        write(tmp_path, name, f"open({own!r}, 'w')", waits.format(other))
+    write(tmp_path, "02_c", "print('third')")
+    arguments = ["--source", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "2"]
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"00_a.ipynb", "01_b.ipynb", "02_c.ipynb"}
+    assert done.stdout.splitlines()[:2] == ["[1/3] 00_a ...", "[2/3] 01_b ..."]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_the_kernel_and_leaves_no_half_notebook(tmp_path, number):
-    marker, out = tmp_path / "pid", tmp_path / "out"
-    write(tmp_path, "00_long", f"import os, time\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)")
+def test_an_interruption_ends_the_kernels_and_leaves_no_half_notebook(tmp_path, number):
+    markers, out = [tmp_path / "pid 0", tmp_path / "pid 1"], tmp_path / "out"
+    for index, marker in enumerate(markers):
+        waits = f"import os, time\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)"
+        write(tmp_path, f"0{index}_long", waits)
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--source", str(tmp_path), "--out", str(out)], stderr=subprocess.PIPE, text=True
+        [sys.executable, str(SCRIPT), "--source", str(tmp_path), "--out", str(out), "--workers", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert wait_until(lambda: marker.exists() and marker.read_text(), 60)
+    assert wait_until(lambda: all(marker.exists() and marker.read_text() for marker in markers), 60)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command starts the unfinished notebook again" in errors
     assert list(out.iterdir()) == []
-    assert wait_until(lambda: gone(int(marker.read_text())), KERNEL_END_S)
+    for marker in markers:
+        assert wait_until(lambda marker=marker: gone(int(marker.read_text())), KERNEL_END_S)
