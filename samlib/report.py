@@ -219,21 +219,17 @@ def _mean(frame: pd.DataFrame, cell: str, role: str, metric: str) -> float:
 
 
 def _cost_of_bf16(frame: pd.DataFrame, cell: str) -> str:
-    accuracies = {
-        role: by_seed(frame, cell, role, "test_accuracy_pct") for arms in (SAM, SGD) for role in arms.values()
-    }
-    gains = (stats.differences(accuracies[SAM[name]], accuracies[SGD[name]]) for name in ("bf16", "fp32"))
-    gap = stats.paired_difference(*gains)
+    gap = stats.paired_difference(*(_gains_of_sam(frame, cell, precision) for precision in ("bf16", "fp32")))
     if gap.n == 0:
         return "What that costs is open, as runs in fp32 are missing"
-    verdict = (
-        "costs accuracy"
-        if gap.high < 0
-        else "costs no accuracy here"
-        if gap.low > 0
-        else "may or may not cost accuracy"
-    )
+    verdict = "may or may not cost accuracy"
+    if gap.low > 0 or gap.high < 0:
+        verdict = "costs accuracy" if gap.high < 0 else "costs no accuracy here"
     return f"It {verdict}, as SAM's gain over SGD in bf16 less that in fp32 is {interval_text(gap)} points"
+
+
+def _gains_of_sam(frame: pd.DataFrame, cell: str, precision: str) -> dict[int, float]:
+    return stats.differences(*(by_seed(frame, cell, arms[precision], "test_accuracy_pct") for arms in (SAM, SGD)))
 
 
 def _advice(kept: Sequence[str]) -> str:
@@ -241,8 +237,8 @@ def _advice(kept: Sequence[str]) -> str:
     if "bf16" in kept:
         return "bf16 will do for this network and radius, and `acting_perturbation` tells whether it will for yours"
     return (
-        f"to climb where SAM means to, use {' or '.join(kept)}, or a larger radius, and ask `acting_perturbation` what "
-        "your network loses"
+        f"to climb where SAM means to, use {' or '.join(kept) or 'fp32'}, or a larger radius, and ask "
+        "`acting_perturbation` what your network loses"
     )
 
 

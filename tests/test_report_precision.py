@@ -52,6 +52,8 @@ def test_a_bf16_that_keeps_the_perturbation_is_not_warned_of():
 
 def test_a_precision_that_turns_it_is_not_recommended():
     assert "use fp32 or tf32, or a larger" in report.low_precision_text(arms(COSINES | {"fp16": 0.9}), "clean")
+    alone = arms(COSINES | {"fp16": 0.9}, left_out=(SAM["fp32"], SAM["tf32"]))
+    assert "use fp32, or a larger radius" in report.low_precision_text(alone, "clean")
 
 
 def test_of_precisions_that_have_not_been_run_nothing_is_said():
