@@ -153,6 +153,8 @@ def run_pending(options: argparse.Namespace) -> int:
     )
     if summary.left:
         print(f"{summary.left} runs are left: the same command goes on")
+    if summary.too_long:
+        print(f"{summary.too_long} of them are expected to take longer than the time limit: raise it for these")
     for key in summary.failed:
         record = store.load(key)
         print(f"  failed {key}: {(record.error or '').splitlines()[0] if record else ''}", file=sys.stderr)

@@ -40,12 +40,14 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 @dataclass(slots=True)
 class Summary:
-    """What a sweep did: how many runs ended in which status, the keys of those that failed, and how many were left."""
+    """What a sweep did: how many runs ended in which status, the keys of those that failed, how many were left for want
+    of time, and how many of these cannot go on and are expected to take longer than there was from the start."""
 
     done: int = 0
     diverged: int = 0
     failed: list[str] = field(default_factory=list)
     left: int = 0
+    too_long: int = 0
     seconds: float = 0.0
 
     def add(self, record: Record) -> None:
@@ -99,6 +101,7 @@ def run_all(
                 store.adopt(key, known)
         clock = Clock(deadline, speed or Speed())
         clock.speed.know(specs)
+        summary.too_long = sum(not isinstance(spec, RunSpec) and not clock.allows(spec) for spec in todo)
         workers = 1 if deadline < math.inf else workers or default_workers(device, len(todo))
         with Progress(todo, clock, titles or {}) as progress:
             here = workers == 1

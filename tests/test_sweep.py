@@ -1,5 +1,8 @@
-"""Sweeps: the same records in any number of processes, nothing lost on a kill, an interrupt or a bad record."""
+"""Sweeps: the same records in any number of processes, nothing lost on a kill, a limit or a bad record."""
 
+import dataclasses
+import json
+import math
 import os
 import signal
 import subprocess
@@ -8,12 +11,24 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from samlib import spec as specs_of
 from samlib import sweep
 from samlib.errors import InputError
-from samlib.spec import CheckSpec, DataSpec, MeasureSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
-from samlib.store import Store
+from samlib.estimate import Speed
+from samlib.spec import (
+    CheckSpec,
+    ConnectSpec,
+    DataSpec,
+    MeasureSpec,
+    ModelSpec,
+    OptimSpec,
+    PathSpec,
+    RunSpec,
+    TrainSpec,
+)
+from samlib.store import Record, Store
 
 TINY = RunSpec(DataSpec(train_size=48), ModelSpec(width=4), OptimSpec("sam"), TrainSpec(epochs=1, batch_size=16))
 RUNS = [specs_of.override(TINY, {"seed": seed}) for seed in range(3)]
@@ -163,3 +178,246 @@ def test_an_interrupt_is_raised_at_a_safe_point_and_the_handler_put_back():
         with pytest.raises(KeyboardInterrupt):
             raise_if_interrupted()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# ------------------------------------------------------------------------------------------------ order, known stores
+
+MEASURES = [MeasureSpec(specs_of.key(run)) for run in RUNS]
+SHARPNESS = [MeasureSpec(specs_of.key(run), "adversarial_sharpness") for run in RUNS]
+LINE = ConnectSpec(specs_of.key(RUNS[0]), specs_of.key(RUNS[1]), PathSpec(shape="line", points=3))
+
+
+def in_order(specs, store, **settings):
+    """What a sweep in this process ran, in its order."""
+    found = []
+    summary = sweep.run_all(
+        specs, store, workers=1, device="cpu", after=lambda record: found.append(record.key), **settings
+    )
+    return summary, found
+
+
+def keys(*specs):
+    return [specs_of.key(spec) for spec in specs]
+
+
+def test_in_one_process_the_order_is_kept_and_runs_come_before_what_is_measured_of_them(store):
+    line = dataclasses.replace(LINE, start=specs_of.key(SAME_IMAGES[0]), end=specs_of.key(SAME_IMAGES[1]))
+    specs = [MEASURES[1], RUNS[0], MEASURES[0], line, RUNS[2], *SAME_IMAGES, RUNS[1]]
+    summary, found = in_order(specs, store)
+    assert found == keys(RUNS[1], MEASURES[1], RUNS[0], MEASURES[0], *SAME_IMAGES, line, RUNS[2])
+    assert (summary.done, summary.left) == (8, 0)
+
+
+SAME_IMAGES = [dataclasses.replace(RUNS[0], seed=seed, split_seed=0) for seed in (10, 11)]
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_what_is_measured_of_a_run_known_elsewhere(store, tmp_path, weights):
+    """Its weights are taken from there, or trained again."""
+    known = Store(tmp_path / "known")
+    sweep.run_all([RUNS[0], MEASURES[0]], known_to_write(known), workers=1, device="cpu")
+    record = known.record_path(specs_of.key(RUNS[0])).read_bytes()
+    if not weights:
+        known.weights_path(specs_of.key(RUNS[0])).unlink()
+    known.record_path(specs_of.key(MEASURES[0])).unlink()
+    summary = sweep.run_all([RUNS[0], MEASURES[0], SHARPNESS[0]], store, [known], workers=1, device="cpu")
+    assert (summary.done, summary.failed) == (2, [])
+    assert store.record_path(specs_of.key(RUNS[0])).read_bytes() == record
+    whole = Store(tmp_path / "whole", writable=True)
+    sweep.run_all([RUNS[0], MEASURES[0], SHARPNESS[0]], whole, workers=1, device="cpu")
+    assert numbers(store, [MEASURES[0], SHARPNESS[0]]) == numbers(whole, [MEASURES[0], SHARPNESS[0]])
+
+
+def known_to_write(store):
+    return dataclasses.replace(store, writable=True)
+
+
+def test_a_run_that_diverged_is_not_trained_again_for_what_is_measured_of_it(store, monkeypatch):
+    store.save(Record(specs_of.key(RUNS[0]), specs_of.canonical(RUNS[0]), "diverged"))
+    monkeypatch.setattr("samlib.train.train", lambda *_: pytest.fail("trained"))
+    for deadline in (math.inf, time.monotonic() + 60):
+        assert sweep.run_all([MEASURES[0]], store, workers=1, device="cpu", deadline=deadline).diverged == 1
+        store.record_path(specs_of.key(MEASURES[0])).unlink()
+
+
+# ------------------------------------------------------------------------------------------------ under a clock
+
+LONGER = [specs_of.override(TINY, {"train_size": 480, "epochs": 6, "seed": seed}) for seed in range(2)]
+ITS_MEASURE = MeasureSpec(specs_of.key(LONGER[0]), "adversarial_sharpness")
+
+
+def in_slices(specs, store, known=(), seconds=0.4):
+    """Sweeps until nothing is left; how many it took, and how many left a checkpoint behind."""
+    sweep.run_all(RUNS[:1], dataclasses.replace(store, folder=store.folder / "warm"), workers=1, device="cpu")
+    checkpoints = 0
+    for count in range(1, 100):
+        summary = sweep.run_all(specs, store, known, device="cpu", deadline=time.monotonic() + seconds)
+        checkpoints += any((store.folder / "checkpoints").glob("*.pt"))
+        if not summary.left:
+            return count, checkpoints
+    pytest.fail("it does not end")
+
+
+def weights(store, spec):
+    return torch.load(store.weights_path(specs_of.key(spec)), weights_only=True)
+
+
+def same(one, two):
+    return list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_cut_by_the_limit_and_gone_on_with_a_sweep_ends_as_one_without(store, tmp_path):
+    specs = [*LONGER, ITS_MEASURE]
+    count, checkpoints = in_slices(specs, store)
+    assert count >= 2
+    assert checkpoints >= 1
+    whole = Store(tmp_path / "whole", writable=True)
+    assert sweep.run_all(specs, whole, workers=1, device="cpu").left == 0
+    assert numbers(store, specs) == numbers(whole, specs)
+    assert all(same(weights(store, spec), weights(whole, spec)) for spec in LONGER)
+    assert list((store.folder / "checkpoints").iterdir()) == []
+
+
+def test_cut_by_the_limit_a_run_is_trained_again_for_its_measure(store, tmp_path):
+    known = Store(tmp_path / "known", writable=True)
+    sweep.run_all([LONGER[0], ITS_MEASURE], known, workers=1, device="cpu")
+    expected = numbers(known, [ITS_MEASURE])
+    known.weights_path(specs_of.key(LONGER[0])).unlink()
+    known.record_path(specs_of.key(ITS_MEASURE)).unlink()
+    count, checkpoints = in_slices([LONGER[0], ITS_MEASURE], store, [known])
+    assert count >= 2
+    assert checkpoints >= 1
+    assert numbers(store, [ITS_MEASURE]) == expected
+    assert list((store.folder / "checkpoints").iterdir()) == []
+
+
+def slow(spec, seconds):
+    """What a sweep is told of this machine: that `spec` takes so long."""
+    speed = Speed()
+    speed.know(RUNS)
+    speed.learn(Record(specs_of.key(spec), specs_of.canonical(spec), "done", wall_seconds=seconds))
+    return speed
+
+
+def test_what_cannot_go_on_is_begun_only_if_it_is_expected_to_end(store):
+    """The measure that takes too long is left, the one after it and a training of any length are not."""
+    specs = [RUNS[0], MEASURES[0], SHARPNESS[0], RUNS[1]]
+    limit = time.monotonic() + 60
+    summary, found = in_order(specs, store, deadline=limit, speed=slow(MEASURES[0], 51))
+    assert (found, summary.left) == (keys(RUNS[0], SHARPNESS[0], RUNS[1]), 1)
+    assert store.load(specs_of.key(MEASURES[0])) is None
+    assert summary.too_long == 1
+    _, found = in_order([RUNS[2]], store, deadline=limit, speed=slow(RUNS[2], 1e6))
+    assert found == keys(RUNS[2])
+    _, found = in_order([MEASURES[0]], store, deadline=time.monotonic() + 60, speed=slow(MEASURES[0], 20))
+    assert found == keys(MEASURES[0])
+
+
+def test_without_time_nothing_is_begun_and_what_needs_a_run_waits_for_it(store):
+    summary, found = in_order(ALL, store, deadline=time.monotonic())
+    assert (found, summary.left) == ([], len(ALL))
+    assert not (store.folder / "checkpoints").exists()
+    summary, found = in_order([MEASURES[0]], store, deadline=time.monotonic() + 60)
+    assert (found, summary.left) == ([], 1)
+
+
+def test_a_training_is_not_begun_in_less_time_than_others_took_to_their_first_step(store):
+    clock = sweep.Clock(time.monotonic() + 60, Speed(), setup=50.0)
+    assert clock.allows(RUNS[0])
+    clock.setup = 61.0
+    assert not clock.allows(RUNS[0])
+    assert sweep.Clock().allows(RUNS[0])
+
+
+def test_a_limit_is_for_one_process(store):
+    with pytest.raises(InputError, match="workers = 2"):
+        sweep.run_all(RUNS, store, workers=2, deadline=time.monotonic() + 60)
+    assert not store.folder.exists()
+
+
+KILLER = """
+import json, os, signal, sys, time
+from pathlib import Path
+import torch
+from samlib import spec as specs_of, sweep, train
+from samlib.store import Store
+
+train.CHECKPOINT_SECONDS = 0.0
+spec = specs_of.from_canonical({spec!r})
+store = Store(Path({folder!r}), writable=True)
+warm = specs_of.override(spec, {{"updates": 1}})  # what it loads lies in memory after the fork
+sweep.run_all([warm], store, workers=1, device="cpu")
+checkpoint = store.checkpoint_path(specs_of.key(spec))
+
+def start():
+    if pid := os.fork():
+        return pid
+    sweep.run_all([spec], store, workers=1, device="cpu")
+    os._exit(0)
+
+def step():
+    return torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
+
+def written():
+    return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+steps = [0]
+for moment in {moments}:
+    pid = start()
+    for _ in range(3):  # the first may be of the step at which the run went on
+        before = written()
+        while written() == before:
+            time.sleep(0.002)
+    time.sleep(moment)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    steps.append(step())
+assert os.waitpid(start(), 0)[1] == 0
+print(json.dumps(steps))
+"""
+
+
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(store, tmp_path):
+    """Bit for bit, with dropout and a partial last batch; a checkpoint follows every step, so that a kill may fall into
+    the writing of one."""
+    spec = specs_of.override(LONGER[0], {"train_size": 470, "drop_last": False, "dropout": 0.3, "epochs": 4})
+    sweep.run_all([spec], store, workers=1, device="cpu")
+    killed, key = Store(tmp_path / "killed", writable=True), specs_of.key(spec)
+    script = KILLER.format(spec=specs_of.canonical(spec), folder=str(killed.folder), moments=(0.003, 0.037, 0.111))
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=300)
+    steps = json.loads(done.stdout)
+    assert steps == sorted(set(steps))
+    assert any(step % 30 for step in steps)  # one of them in mid-epoch
+    assert numbers(killed, [spec]) == numbers(store, [spec])
+    assert killed.load(key).perturbation == store.load(key).perturbation
+    assert same(weights(killed, spec), weights(store, spec))
+    assert not killed.checkpoint_path(key).exists()
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+def test_progress_is_said_in_plain_lines_where_there_is_no_terminal(store, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "LINE_SECONDS", -1.0)
+    monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.0)
+    titles = {specs_of.key(RUNS[0]): "an experiment / a cell / sam, seed 0"}
+    specs = [specs_of.override(RUNS[0], {"epochs": 1}), MEASURES[0]]
+    sweep.run_all(specs, store, device="cpu", deadline=time.monotonic() + 1000, titles=titles)
+    lines = capsys.readouterr().err.splitlines()
+    assert all("\r" not in line and "|" not in line for line in lines)
+    assert "0/2 runs" in lines[0]
+    begun = next(line for line in lines if "an experiment / a cell / sam, seed 0 (about " in line)
+    assert "by the cost model" in begun
+    assert "s to the limit" in begun
+    assert any("epoch 1/1, " in line and "images/s" in line for line in lines)
+    assert any("1/2 runs" in line and "sam, seed 0: done, " in line for line in lines)
+    assert any(specs_of.key(MEASURES[0]) in line for line in lines)
+    assert lines[-1].startswith("100%")
+    assert "2/2 runs" in lines[-1]
+
+
+def test_lines_are_few_and_the_last_one_is_always_said(store, capsys):
+    sweep.run_all(RUNS, store, workers=1, device="cpu")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "3/3 runs" in lines[-1]
