@@ -53,6 +53,7 @@ class Bucket:
     Attributes:
         tensors: the parameters, in order.
         flat: the long tensor, itself a parameter with `.grad`. What lies between two views is 0 and stays 0.
+        gradient: the long tensor that becomes `flat.grad`.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -64,10 +65,10 @@ class Bucket:
             self._offsets.append(size)
             size += -(-tensor.numel() // step) * step
         self.flat = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
-        self._gradient = torch.zeros(size, dtype=dtype, device=device)
-        self._gradient_views = self.views(self._gradient)
+        self.gradient = torch.zeros(size, dtype=dtype, device=device)
+        self._gradient_views = self.views(self.gradient)
         self._gradient_addresses = _addresses(self._gradient_views)
-        self._handed_out = self.views(self._gradient)  # others may do with these as they like
+        self._handed_out = self.views(self.gradient)  # others may do with these as they like
         self.shown = False  # by the last pass: whether the parameters' gradients are these views
         for tensor, view in zip(tensors, self.views(self.flat.data), strict=True):
             tensor.data = view.copy_(tensor.data)
@@ -108,8 +109,8 @@ class Bucket:
         """Makes the parameters' gradients views of `flat.grad`, so that whoever reads or clips either sees both."""
         if self.flat.grad is None:
             return
-        if self.flat.grad is not self._gradient:
-            self._gradient.copy_(self.flat.grad)
+        if self.flat.grad is not self.gradient:
+            self.gradient.copy_(self.flat.grad)
             self._give_gradient()
         if not self.shown:
             self._show()
@@ -117,15 +118,15 @@ class Bucket:
     def clear(self) -> None:
         """Sets the gradients to zero, as views of `flat.grad`."""
         if torch.compiler.is_compiling():  # as a function of the gradient, which the loop that read it can then write
-            self._gradient.copy_(torch.where(self._gradient > 0, 0.0, 0.0))
+            self.gradient.copy_(torch.where(self.gradient > 0, 0.0, 0.0))
         else:
-            self._gradient.zero_()
+            self.gradient.zero_()
         if not self._are_views([tensor.grad for tensor in self.tensors]):  # all of them: one may have been replaced
             self._show()
 
     def _give_gradient(self) -> None:
-        if self.flat.grad is not self._gradient:  # torch.compile takes no assignment, not even one that changes nothing
-            self.flat.grad = self._gradient
+        if self.flat.grad is not self.gradient:  # torch.compile takes no assignment, not even one that changes nothing
+            self.flat.grad = self.gradient
 
     def _are_views(self, grads: Sequence[Tensor | None]) -> bool:
         if not all(map(operator.is_, grads, self._handed_out)):
@@ -135,7 +136,7 @@ class Bucket:
 
     def _show(self) -> None:
         if _addresses(self._handed_out) != self._gradient_addresses:
-            self._handed_out = self.views(self._gradient)
+            self._handed_out = self.views(self.gradient)
         for tensor, view in zip(self.tensors, self._handed_out, strict=True):
             tensor.grad = view
 
@@ -184,6 +185,10 @@ class FlatBuffers:
     def are_shown(self) -> bool:
         """Whether the gradients of the last pass were made in the buffers."""
         return all(bucket.shown for bucket in self.buckets)
+
+    def gradients(self) -> list[Tensor]:
+        """The long tensors that passes write their gradients to."""
+        return [bucket.gradient for bucket in self.buckets]
 
     def clear(self) -> None:
         for bucket in self.buckets:

@@ -123,6 +123,7 @@ class GraphedStep:
         self.calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: list[Any] = []
+        self._kept: list[Tensor] = []  # that the graph writes to and the optimiser may replace
         self._loss: Tensor | None = None  # of the last replay
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -135,8 +136,10 @@ class GraphedStep:
         """
         self._place(inputs)
         if self._graph is None and self._can_capture and self.calls >= self.warmup:
-            self._captured = _held(self.optimizer)
-            self._graph = self._capture()
+            # Gradients made in the capture are the graph's own. Older ones may be freed while it still writes to them.
+            self.optimizer.zero_grad(set_to_none=True)
+            self._captured, self._graph = _held(self.optimizer), self._capture()
+            self._kept = self.optimizer.scratch() if isinstance(self.optimizer, SAM) else []
         loss = self._eager() if self._graph is None else self._replay()
         self.calls += 1
         return loss

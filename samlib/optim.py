@@ -427,6 +427,12 @@ class SAM(Optimizer):
         else:
             buffers.clear()
 
+    def scratch(self) -> list[Tensor]:
+        """Memory of this object that a step writes to and no later step reads: a graph that has captured a step has to
+        keep it, since this object may take other tensors."""
+        buffers = None if self._layout is None else self._layout.buffers
+        return [*self._copies, *([] if buffers is None else buffers.gradients())]
+
     # ---------------------------------------------------------------------------------------------- groups and state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

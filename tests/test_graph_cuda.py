@@ -384,6 +384,25 @@ def test_replays_take_no_more_memory(method):
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == taken
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("method", ["sgd", "sam", "msam"])
+def test_eager_steps_and_other_tensors_between_replays(method, flat):
+    """Freed memory is given to others at once, here full of NaN: a graph that still used it would show."""
+    found = []
+    for warmup in (STEPS, 3):
+        model, opt, step = graphed(method, flat=flat, warmup=warmup)
+        losses = []
+        for number, batch in enumerate(batches(20)):
+            losses.append(step(*batch))
+            if number % 5 == 4:
+                losses.append(step.step(*(tensor[: BATCH // 2] for tensor in batch)).detach())
+                opt.zero_grad()
+            others = [torch.full((size,), math.nan, device=DEVICE) for size in (2, 8, 16, 64, 216, 432, 2880, 5760)] * 4
+        del others
+        found.append([torch.stack(losses), *state(opt, model)])
+    assert_close(*found)
+
+
 def test_a_graph_that_is_gone_gives_its_memory_back_and_leaves_the_others_as_they_were():
     """torch keeps the workspace of matrix products by stream, and frees a graph's with it (pytorch issue 193402)."""
     gc.collect()
