@@ -8,10 +8,12 @@ joins. Nothing here needs torch, and no name in an archive is ever used as a pat
 """
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -163,7 +165,7 @@ def read(folder: Path) -> Cargo:
 
 def merge(cargo: Cargo, target: Store) -> Merged:
     """Adds what an export holds to a store: the committed records (records alone) or a working one. A checkpoint
-    replaces an older one, and none is kept of a run that is finished.
+    replaces an older one, and goes when its run is finished.
 
     Raises:
         InputError: a record differs from the one that the store has under its key, or goes to the committed records and
@@ -176,6 +178,8 @@ def merge(cargo: Cargo, target: Store) -> Merged:
         require_committed(cargo.records.values())
     for record in new:
         target.save(record)
+        if target.writable and _saved(target.checkpoint_path(record.key)) < _ended(target, record.key):
+            target.checkpoint_path(record.key).unlink(missing_ok=True)
     tensors = [name for name in cargo.tensors if target.writable and _is_wanted(name, cargo, target)]
     for name in tensors:
         write_bytes(target.folder / name, cargo.tensors[name], saved=cargo.saved.get(name))
@@ -245,10 +249,22 @@ def _is_new(record: Record, target: Store, key: str) -> bool:
 
 
 def _is_wanted(name: str, cargo: Cargo, target: Store) -> bool:
-    kind, file = name.split("/")
-    path = target.folder / name
-    if kind == "weights":
-        return not path.exists()
-    return not finished(target, file.removesuffix(".pt")) and (
-        not path.exists() or path.stat().st_mtime_ns < cargo.saved.get(name, 0)
-    )
+    """Weights that are not there; a checkpoint that is younger than the one there, and than the end of its run, which
+    may be trained again for its weights."""
+    kind, key = name.removesuffix(".pt").split("/")
+    if target.weights_path(key).exists():
+        return False
+    return kind == "weights" or cargo.saved.get(name, 0) > max(_saved(target.checkpoint_path(key)), _ended(target, key))
+
+
+def _saved(path: Path) -> float:
+    """When a file was written, in nanoseconds; 0 where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _ended(target: Store, key: str) -> float:
+    """When a run was finished, in nanoseconds; 0 if it is not."""
+    if not finished(target, key):
+        return 0
+    at = target.load(key).finished
+    return datetime.fromisoformat(at).timestamp() * 1e9 if at else math.inf

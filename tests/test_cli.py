@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from samlib import __main__ as cli
-from samlib import experiments
+from samlib import experiments, pack, published, train
 from samlib import spec as specs_of
 from samlib.experiments import Arm
 from samlib.spec import CheckSpec, DataSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
@@ -28,6 +28,7 @@ def study(monkeypatch, tmp_path):
         monkeypatch.setattr(f"samlib.experiments.{stem}.arms", lambda profile: ())
     monkeypatch.setattr("samlib.experiments.sam_vs_sgd.arms", lambda profile: ARMS if profile == "quick" else ())
     monkeypatch.setenv("SAMLIB_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -99,7 +100,7 @@ def test_verdicts_as_text_and_as_json(ran, capsys):
     assert cli.main(["verdicts", "--store", "runs"]) == 0
     assert "further claims: not run" in capsys.readouterr().out
     assert cli.main(["verdicts", "--store", "runs", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 64
+    assert len(json.loads(capsys.readouterr().out)) == len(published.claims())
     assert cli.main(["verdicts", "--claim", "foret-svhn", "--store", "runs"]) == 0
     assert "not run" in capsys.readouterr().out
 
@@ -119,6 +120,13 @@ def test_verdicts_as_text_and_as_json(ran, capsys):
         (["verdicts", "--claim", "foret-everything"], ["claim", "foret-everything"]),
         (["export", "somewhere", "--store", "runs"], ["no records"]),
         (["compare", "--profile", "fast"], ["profile", "fast"]),
+        (["run", "--time-limit", "soon"], ["time-limit", "soon", "1h30m"]),
+        (["run", "--time-limit", "9m", "--workers", "2"], ["workers", "2", "one process"]),
+        (["run", "--known", "./nowhere"], ["known", "./nowhere"]),
+        (["run", "--known", "results/gpu"], ["known", "results/gpu", "quick"]),
+        (["run", "--with-weights"], ["with-weights", "--export"]),
+        (["import", "."], ["import", "records.zip"]),
+        (["import", "./nowhere"], ["import", "nowhere"]),
     ],
     ids=" ".join,
 )
@@ -144,6 +152,137 @@ def test_a_store_that_cannot_be_written(study, capsys):
     (study / "runs").write_text("a file where the folder should be")
     assert cli.main(["run", "--workers", "1"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ on a rented GPU
+
+HERE = ["--workers", "1", "--device", "cpu"]
+RUN = ["run", "--device", "cpu"]
+MEASURED = ARMS[0].measures_of(ARMS[0].specs[0])[0]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(study, capsys):
+    assert cli.main([*RUN, "--dry-run", "--time-limit", "1h", "--known", "runs"]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "sam_vs_sgd / clean / sgd (priority 1): 4 runs, 4 of them in the time",
+        "min by the cost model, complete after",
+        "decides foret-t1-sam-beats-sgd-cifar, foret-long-sgd-does-not-help",
+        "7 runs pending",
+        "7 of them fit into 60.00 min",
+    ):
+        assert words in shown
+    assert files(study) == []
+
+
+def test_a_dry_run_goes_by_what_was_measured(ran, capsys):
+    (ran / "runs" / "quick" / "records" / f"{specs_of.key(ARMS[1].specs[1])}.json").unlink()
+    before = files(ran)
+    assert cli.main([*RUN, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "sam_vs_sgd / clean / sam (priority 1): 1 runs" in shown
+    assert "min by records, complete after" in shown
+    assert "1 runs pending" in shown
+    assert files(ran) == before
+
+
+def test_a_plan_for_a_gpu_needs_none(study, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("samlib.experiments.sam_vs_sgd.arms", lambda profile: ARMS)
+    assert cli.main(["run", "--profile", "gpu", "--dry-run"]) == 0
+    assert "gpu on a GPU of assumed speed, 7 runs in all" in capsys.readouterr().out
+
+
+def test_a_probe_is_kept_and_the_plan_goes_by_it(study, capsys, monkeypatch):
+    monkeypatch.setattr("samlib.probe.SETTING_SECONDS", 0.05)
+    assert cli.main([*RUN, "--dry-run", "--probe"]) == 0
+    shown = capsys.readouterr().out
+    assert "cnn, sgd, fp32, batches of 16: " in shown
+    assert "min by a probe" in shown
+    assert [path.name for path in files(study)] == ["probe.json"]
+
+
+def test_what_is_known_is_not_run_and_not_exported(ran, study, capsys):
+    """The run whose weights lie in the other store is not trained again for its measure."""
+    for path in files(ran / "runs" / "quick" / "records"):
+        if path.stem != specs_of.key(ARMS[0].specs[0]):
+            path.unlink()
+    out = study / "out"
+    arguments = ["--store", "./mine", "--known", "runs/quick", "--export", str(out), "--with-weights"]
+    assert cli.main([*RUN, *HERE, "--only", specs_of.key(MEASURED), *arguments]) == 0
+    assert "1 runs in" in capsys.readouterr().out
+    assert cli.main(["import", str(out), "--store", str(study / "elsewhere")]) == 0
+    assert [path.stem for path in files(study / "elsewhere" / "quick" / "records")] == [specs_of.key(MEASURED)]
+
+
+def test_export_and_import_make_the_round_trip(study, capsys):
+    out = study / "out"
+    assert cli.main([*RUN, "--time-limit", "1h", "--export", str(out), "--with-weights", "--with-checkpoints"]) == 0
+    assert f"{out}: 7 records and 4 checkpoints and weights" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"records.zip", "tensors.zip"}
+    for expected in ("7 records new, 0 there already, 4 ", "0 records new, 7 there already, 0 "):
+        assert cli.main(["import", str(out), "--profile", "quick", "--store", "./copy"]) == 0
+        assert expected in capsys.readouterr().out
+    for kind in ("records", "weights"):
+        one, two = (study / folder / "quick" / kind for folder in ("runs", "copy"))
+        assert {path.name: path.read_bytes() for path in files(one)} == {
+            path.name: path.read_bytes() for path in files(two)
+        }
+    assert cli.main([*RUN, *HERE, "--store", "./copy"]) == 0
+    assert "7 were there already" in capsys.readouterr().out
+
+
+def test_an_interrupted_sweep_leaves_an_export_of_what_is_finished(study, capsys, monkeypatch):
+    run, started = train.run, []
+
+    def interrupted_at_the_third(*arguments):
+        started.append(arguments)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr("samlib.train.run", interrupted_at_the_third)
+    assert cli.main([*RUN, *HERE, "--export", "out"]) == 130
+    assert cli.main(["import", "out", "--store", "./copy"]) == 0
+    assert "2 records new" in capsys.readouterr().out
+
+
+def test_an_export_grows_with_the_sweep(study, monkeypatch):
+    """One that is killed leaves what was exported last."""
+    monkeypatch.setattr(cli, "EXPORT_SECONDS", 0.0)
+    export, sizes = pack.export, []
+
+    def export_and_note(*arguments, **wanted):
+        packed = export(*arguments, **wanted)
+        sizes.append(packed.records)
+        return packed
+
+    monkeypatch.setattr("samlib.pack.export", export_and_note)
+    assert cli.main([*RUN, *HERE, "--export", "out"]) == 0
+    assert sizes == [0, 1, 2, 3, 4, 5, 6, 7, 7]
+
+
+def test_a_sweep_stops_at_its_limit_and_exports_the_run_it_cut(study, capsys, monkeypatch):
+    endless = Arm("endless", "clean", specs_of.override(TINY, {"epochs": 10**6, "eval_every": 10**6}), (0, 1))
+    monkeypatch.setattr("samlib.experiments.sam_vs_sgd.arms", lambda profile: (endless,))
+    assert cli.main([*RUN, "--time-limit", "2s", "--export", "out", "--with-checkpoints"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 runs are left: the same command goes on" in shown
+    assert "out: 0 records and 1 checkpoints and weights" in shown
+    assert cli.main(["import", "out", "--store", "./copy"]) == 0
+    assert [path.name for path in files(study / "copy")] == [f"{specs_of.key(endless.specs[0])}.pt"]
+
+
+def test_what_takes_longer_than_any_such_limit_is_pointed_out(ran, capsys):
+    path = ran / "runs" / "quick" / "records" / f"{specs_of.key(MEASURED)}.json"
+    other = path.with_name(f"{specs_of.key(ARMS[0].measures_of(ARMS[0].specs[1])[0])}.json")
+    data = json.loads(other.read_text())
+    other.write_text(json.dumps(data | {"wall_seconds": 1e6}))
+    path.unlink()
+    assert cli.main([*RUN, "--time-limit", "1h"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 runs are left" in shown
+    assert "1 of them are expected to take longer than the time limit" in shown
 
 
 def test_as_a_program():

@@ -6,8 +6,8 @@ import pytest
 from samlib import experiments, published
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.experiments import Arm, digits, measure, sam_vs_sgd, tuning
-from samlib.spec import MeasureSpec, RunSpec
+from samlib.experiments import Arm, Pair, digits, measure, path, sam_vs_sgd, tuning
+from samlib.spec import MeasureSpec, OptimSpec, RunSpec
 from samlib.store import open_store
 
 EVERY_PROFILE = [(stem, profile) for stem in experiments.STEMS for profile in experiments.PROFILES]
@@ -112,6 +112,31 @@ def test_measures_belong_to_the_member_they_are_taken_of():
     arm = Arm("sgd", "cell", RunSpec(), (0, 1), (measure("lambda_max"),))
     for member in arm.specs:
         assert [spec.parent for spec in arm.measures_of(member)] == [specs_of.key(member)]
+
+
+def test_in_order_of_worth_pairs_are_complete_early_and_what_is_measured_follows_its_run():
+    sam, sgd = RunSpec(optim=OptimSpec("sam")), RunSpec()
+    later = Arm("later", "cell", RunSpec(optim=OptimSpec("asam")), (0,), priority=2)
+    first = Arm("sam", "cell", sam, (1, 0), (measure("lambda_max"),))
+    second = Arm("sgd", "cell", sgd, (0, 1, 2))
+    joined = Pair("path", "cell", path(), (1,), start=first, end=second)
+    found = experiments.in_order_of_worth([later, first, second, joined])
+    sam_1, sam_0 = first.specs
+    expected = [sam_0, *first.measures_of(sam_0), second.specs[0], sam_1, *first.measures_of(sam_1), second.specs[1]]
+    expected += [joined.ends[0][1], *joined.specs, second.specs[2], *later.specs]
+    assert found == expected
+    assert sorted(map(specs_of.key, found)) == sorted(
+        map(specs_of.key, experiments.specs([later, first, second, joined]))
+    )
+
+
+def test_titles_say_which_run_it_is_and_what_is_measured_of_it():
+    arm = Arm("sgd", "cell", RunSpec(), (0, 1), (measure("lambda_max", split="test"),))
+    found = experiments.titles([("sam_vs_sgd", arm), ("batch_size", arm)])
+    assert found[specs_of.key(arm.specs[1])] == "sam_vs_sgd / cell / sgd, seed 1"
+    taken = arm.measures_of(arm.specs[0])[0]
+    assert found[specs_of.key(taken)] == "sam_vs_sgd / cell / sgd, seed 0: lambda_max@split=test"
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize(

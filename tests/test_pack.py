@@ -127,7 +127,7 @@ def test_an_export_cut_while_it_writes_leaves_the_one_before(store, target, tmp_
     assert pack.merge(pack.read(tmp_path / "out"), target).records == 2
 
 
-def test_the_newer_checkpoint_stays_and_none_of_a_finished_run(store, target, tmp_path):
+def test_the_newer_checkpoint_stays(store, target, tmp_path):
     pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
     path = tensors(target, "checkpoints", KEYS[4], b"older", at=199)
     kept = tensors(target, "weights", KEYS[0], b"mine", at=1)
@@ -136,9 +136,27 @@ def test_the_newer_checkpoint_stays_and_none_of_a_finished_run(store, target, tm
     tensors(target, "checkpoints", KEYS[4], b"newer", at=201)
     assert pack.merge(pack.read(tmp_path / "out"), target).tensors == 0
     assert path.read_bytes() == b"newer"
+
+
+def test_a_checkpoint_goes_when_its_run_is_finished_unless_it_is_trained_again(store, target, tmp_path):
+    pack.export(store, tmp_path / "before", checkpoints=True)
+    pack.merge(pack.read(tmp_path / "before"), target)
+    path = target.checkpoint_path(KEYS[4])
+    assert path.exists()
+    store.checkpoint_path(KEYS[4]).unlink()
+    store.save(record(SPECS[4], finished="1970-01-01T00:04:10+00:00"))  # 250 s: the checkpoint was of 200 s
+    pack.export(store, tmp_path / "after", checkpoints=True)
+    pack.merge(pack.read(tmp_path / "after"), target)
+    assert not path.exists()
+    for folder, at, there in (("before", None, False), ("again", 249, False), ("again", 251, True)):
+        if at is not None:
+            tensors(store, "checkpoints", KEYS[4], b"again", at)
+            pack.export(store, tmp_path / "again", [target], checkpoints=True)
+        pack.merge(pack.read(tmp_path / folder), target)
+        assert path.exists() == there
     path.unlink()
-    target.save(record(SPECS[4]))
-    assert pack.merge(pack.read(tmp_path / "out"), target).tensors == 0
+    tensors(target, "weights", KEYS[4], b"weights", at=1)
+    assert pack.merge(pack.read(tmp_path / "again"), target).tensors == 0
 
 
 def test_committed_records_take_no_tensors_and_nothing_of_unknown_code(store, tmp_path):

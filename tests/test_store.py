@@ -17,7 +17,18 @@ from samlib import study, sweep
 from samlib.errors import InputError
 from samlib.experiments import Arm, measure
 from samlib.spec import OptimSpec, RunSpec
-from samlib.store import NUMERICS, Record, RecordError, Store, open_store, parent_spec, pending, project_root, publish
+from samlib.store import (
+    NUMERICS,
+    Record,
+    RecordError,
+    Store,
+    known_store,
+    open_store,
+    parent_spec,
+    pending,
+    project_root,
+    publish,
+)
 
 SPEC = RunSpec(optim=OptimSpec("sam", rho=0.1))
 
@@ -135,6 +146,48 @@ def test_a_record_that_cannot_be_used_is_named_and_can_be_put_aside(store, spoil
     aside = store.put_aside(specs_of.key(SPEC))
     assert aside.exists()
     assert store.load(specs_of.key(SPEC)) is None
+
+
+def test_a_known_store_is_named_by_its_root_or_by_the_folder_of_its_profile(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMLIB_ROOT", str(tmp_path))
+    for folder in ("results", "mine/gpu", "odd/gpu/gpu", "empty"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, expected in [
+        ("results", "results/gpu"),
+        ("results/gpu", "results/gpu"),  # which is not there yet
+        ("runs", "runs/gpu"),
+        (f"{tmp_path}/mine", "mine/gpu"),
+        (f"{tmp_path}/mine/gpu", "mine/gpu"),
+        (f"{tmp_path}/odd/gpu/gpu", "odd/gpu/gpu"),
+        (f"{tmp_path}/empty", "empty/gpu"),
+    ]:
+        assert known_store("gpu", name) == Store(tmp_path / expected, writable=name == "runs")
+    for name, words in [
+        ("results/quick", "of the profile quick, not of gpu"),
+        (f"{tmp_path}/odd/gpu", "holds a folder gpu"),
+        (f"{tmp_path}/nowhere", "is no folder"),
+        (f"{tmp_path}/nowhere/gpu", "is no folder"),
+        ("result", "is no folder"),
+    ]:
+        with pytest.raises(InputError, match=f"known = '{name}' .*{words}"):
+            known_store("gpu", name)
+
+
+def test_a_store_adopts_a_finished_run_with_its_weights_but_none_in_place_of_its_own(store, tmp_path):
+    first, second = (Store(tmp_path / name, writable=True) for name in ("first", "second"))
+    first.save(record(status="failed"))
+    second.save(record(wall_seconds=2.0))
+    key = specs_of.key(SPEC)
+    second.weights_path(key).parent.mkdir()
+    second.weights_path(key).write_bytes(b"weights")
+    store.adopt(key, [first])
+    assert store.recorded() == []
+    store.adopt(key, [first, second])
+    assert (store.load(key).wall_seconds, store.trained()) == (2.0, [key])
+    assert store.weights_path(key).read_bytes() == b"weights"
+    second.save(record(wall_seconds=3.0))
+    store.adopt(key, [second])
+    assert store.load(key).wall_seconds == 2.0
 
 
 def test_bytes_that_are_no_text_and_folders_are_named_too(store):
