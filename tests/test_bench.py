@@ -15,7 +15,7 @@ import scipy.stats
 import torch
 
 from samlib import __main__ as cli
-from samlib.bench import plan, precision, protocol, run, speed, table, variants
+from samlib.bench import engine, plan, precision, protocol, run, speed, table, variants
 from samlib.bench.networks import NETWORKS, Workload
 from samlib.bench.protocol import Built, NotEqualError, Times
 from samlib.errors import InputError
@@ -23,6 +23,7 @@ from samlib.errors import InputError
 CPU = torch.device("cpu")
 STEP_CASE = plan.Case("mlp", "MLP-404", 4, plan.STEP, rounds=2)
 BOOKKEEPING_CASE = replace(plan.sections("cpu")["bookkeeping"][0], rounds=2)
+ENGINE_CASE = plan.Case("engine", "small CNN", 16, plan.ENGINE_STEP, rounds=2, kind="engine")
 
 
 # ------------------------------------------------------------------------------------------------------- ratios
@@ -256,6 +257,11 @@ def test_every_name_of_the_plan_is_known(device):
         if case.kind == "precision":
             assert case.network in precision.NETWORKS
             continue
+        if case.kind == "engine":
+            assert set(case.timed) <= set(engine.VARIANTS)
+            assert {engine.VARIANTS[name].like for name in case.timed} - {None} <= set(engine.VARIANTS)
+            assert case.network in engine.NETWORKS
+            continue
         assert set(case.timed) <= set(variants.VARIANTS)
         assert {variants.VARIANTS[name].like for name in case.timed} - {None} <= set(variants.VARIANTS)
         assert case.network in NETWORKS
@@ -349,6 +355,183 @@ def test_on_a_gpu_a_reading_is_of_a_block_of_steps():
     assert built.steps == 3
 
 
+# ------------------------------------------------------------------------------------------------------- the engine
+
+
+def updates(case, names, steps=2):
+    return {name: protocol.update(engine.build(name, case, CPU, torch.float64), steps) for name in names}
+
+
+@pytest.mark.parametrize("network", ["MLP", "small CNN"])
+def test_every_variant_of_an_engine_makes_the_update_it_is_timed_for(network):
+    """Also those that are timed on a GPU alone: without one, a graph is the same step made eagerly."""
+    found = updates(replace(ENGINE_CASE, network=network), engine.VARIANTS)
+    for name, variant in engine.VARIANTS.items():
+        expected = found[variant.like] if variant.like else None
+        assert protocol.difference(found[name], expected) <= variant.tolerance, name
+        assert variant.like is None or found[name].norm() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rho": 0.06}, {"nesterov": False}, {"weight_decay": 0.0}, {"momentum": 0.8}], ids=str
+)
+def test_an_engine_is_not_timed_beside_a_peer_with_another_setting(monkeypatch, wrong):
+    def peer(params, **settings):
+        settings = {"rho": variants.RHO, "foreach": True, **settings, **wrong}
+        return variants.PeerSAM(params, base_optimizer=torch.optim.SGD, **settings)
+
+    other = replace(engine.VARIANTS[plan.LOOP_PEER], make=partial(engine.loop, make=peer))
+    monkeypatch.setitem(engine.VARIANTS, plan.LOOP_PEER, other)
+    monkeypatch.setattr(protocol, "time_rounds", None)
+    found = {"rows": [], "equality": [], "engine": []}
+    with pytest.raises(NotEqualError, match=f"engine, small CNN, {plan.LOOP_PEER}: .* off in float64"):
+        speed.measure(ENGINE_CASE, CPU, 0, found)
+    assert found["rows"] == found["engine"] == []
+
+
+def test_a_loop_does_what_the_engine_does_to_running_statistics_and_to_a_long_gradient():
+    setting = engine.Setting(ENGINE_CASE, CPU, torch.float64)
+    trained, other = setting.training(), setting.training()
+    loop = engine.Loop(other, variants.PlainSAM)
+    indices = torch.arange(ENGINE_CASE.batch)
+    loop.backward(trained.splits.pixels.images[indices].double() / 255, trained.splits.train.labels[indices])
+    assert torch.cat([p.grad.flatten() for p in loop.params]).norm() > setting.spec().optim.clip_norm
+    loop.optimizer.zero_grad()
+    other.model.load_state_dict(trained.model.state_dict())
+    for start in (0, 16, 32):
+        trained.take(start + indices)
+        loop.take(start + indices)
+    found, expected = other.model.state_dict(), trained.model.state_dict()
+    assert expected["1.num_batches_tracked"] == 3
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_training_of_the_bench_leaves_no_trace(monkeypatch):
+    monkeypatch.delenv("SAMLIB_DATA", raising=False)
+    drawn = torch.get_rng_state()
+    training = engine.Setting(ENGINE_CASE, CPU, torch.float64).training()
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert torch.get_default_dtype() == torch.float32
+    assert "SAMLIB_DATA" not in os.environ
+    assert training.splits.pixels.images.shape == (engine.IMAGES["cpu"], 3, 8, 8)
+    assert next(training.model.parameters()).dtype == torch.float64
+
+
+def test_the_steps_of_an_engine_go_on_over_the_end_of_an_epoch(monkeypatch):
+    monkeypatch.setitem(engine.IMAGES, "cpu", 48)
+    setting = engine.Setting(ENGINE_CASE, CPU, torch.float32)
+    training = setting.training()
+    built = engine._built([training], training.take, setting, 7)
+    built.run(protocol.Stopwatch(CPU))
+    assert (training.epoch, training.step, training.history) == (2, 7, [])
+
+
+@pytest.mark.parametrize("network", plan.ENGINE_GPU)
+def test_operations_are_those_of_the_papers(network):
+    published = {
+        "ResNet-20": 0.242, "WRN-40-2": 1.965, "MobileNetV2": 0.545, "ResNet-18": 3.329, "ResNet-50": 7.783,
+        "WRN-28-10": 31.46,
+    }  # fmt: skip
+    assert engine.operations_per_image(network) / 1e9 == pytest.approx(published[network], rel=0.003)
+
+
+def test_throughput_of_known_times():
+    case = replace(ENGINE_CASE, network="ResNet-20", batch=16, precision="fp16")
+    times = {name: [Times(seconds, 9.0)] * 3 for name, seconds in {
+        plan.ENGINE: 0.5, plan.ENGINE_SGD: 0.25, engine.COPY: 0.01, engine.MATMUL: 0.1,
+    }.items()}  # fmt: skip
+    times = {name: times.get(name, times[plan.ENGINE]) for name in [*case.timed, *times]}
+    rows = {row["variant"]: row for row in engine.throughput(case, times, CPU, 3.5)}
+    assert list(rows) == [name for name in case.timed if name != plan.INPUT]
+    row = rows[plan.ENGINE]
+    assert (row["images_per_second"], row["epoch_seconds"], row["first_step_seconds"]) == (32, 50_000 / 32, 3.5)
+    assert row["matmul_tflops"] == pytest.approx(2 * 1024**3 / 0.1 / 1e12)
+    assert row["copy_gb_per_second"] == pytest.approx(2**24 * 4 * 2 / 0.01 / 1e9)
+    per_second = 2 * engine.operations_per_image("ResNet-20") * 32
+    assert row["of_matmul"] == pytest.approx([per_second / (2 * 1024**3 / 0.1)] * 3)
+    assert row["of_copy"] == pytest.approx([2 * 8e6 * 32 / (2**27 / 0.01)] * 3)
+    assert rows[plan.ENGINE_SGD]["of_matmul"] == pytest.approx(row["of_matmul"])  # half the work in half the time
+    assert rows[plan.ENGINE_SGD]["first_step_seconds"] is None
+    (of_seeds,) = engine.throughput(
+        replace(case, comparisons=(plan.Comparison(plan.SIDE_BY_SIDE, plan.INPUT),)),
+        {**times, plan.SIDE_BY_SIDE: times[plan.ENGINE]},
+        CPU,
+        None,
+    )
+    assert of_seeds["images_per_second"] == plan.SEEDS * 32
+
+
+def test_a_ceiling_does_its_work(monkeypatch):
+    monkeypatch.setitem(engine.MATRIX, "cpu", 64)
+    built = engine.ceilings(replace(ENGINE_CASE, precision="bf16"), CPU)
+    for one in built.values():
+        one.run(watch := protocol.Stopwatch(CPU))
+        assert watch.total.device > 0
+    assert built[engine.MATMUL].params[0].dtype == torch.bfloat16
+
+
+def test_the_goals_of_the_engine_on_a_gpu():
+    sections = {name: cases for name, cases in plan.sections("cuda").items() if name.startswith("engine")}
+    assert list(sections) == ["engine", "engine-tf32", "engine-fp16", "engine-bf16"]
+    goals = {}
+    for cases in sections.values():
+        assert [case.network for case in cases] == list(plan.ENGINE_GPU)
+        goals |= {(c.network, one.variant, one.reference): one.goal for c in cases for one in c.comparisons if one.goal}
+    of_graph = dict.fromkeys([(name, plan.GRAPH, plan.GRAPH_SGD) for name in plan.ENGINE_GPU], 2.03)
+    of_input = dict.fromkeys([(name, plan.INPUT_GRAPH, plan.GRAPH) for name in plan.ENGINE_GPU], 0.01)
+    peers = {"ResNet-20": 0.25, "MobileNetV2": 0.45, "ResNet-18": 0.75, "WRN-28-10": 0.97}
+    shards = {("ResNet-18", 4): 1.2, ("ResNet-18", 8): 1.4, ("WRN-28-10", 8): 1.15}
+    assert goals == {
+        **of_graph,
+        **of_input,
+        **{(name, plan.GRAPH, plan.LOOP_FAIR_PEER): goal for name, goal in peers.items()},
+        **{
+            (name, plan.engine_msam(count, way), plan.GRAPH): goal
+            for (name, count), goal in shards.items()
+            for way in (("graph",) if name == "WRN-28-10" else ("graph", "streams"))
+        },
+        ("ResNet-20", plan.SIDE_BY_SIDE, plan.GRAPH): 2.0,
+    }
+    assert not any("streams" in name for case in sections["engine-fp16"] for name in case.timed)
+
+
+def test_engine_rows_of_processes_are_merged_by_their_median():
+    base = {"section": "engine", "network": "MLP", "variant": plan.ENGINE, "epoch_goal": None, "of_copy": None}
+    rows = [
+        {**base, "images_per_second": speed, "of_matmul": [share, share - 0.1, share + 0.2]}
+        for speed, share in ((10.0, 0.5), (30.0, 0.3), (20.0, 0.7))
+    ]
+    assert run.merged_engine([*rows, {**rows[0], "variant": plan.INPUT}]) == [
+        {**base, "images_per_second": 20.0, "of_matmul": [0.5, pytest.approx(0.2), pytest.approx(0.9)]},
+        {**rows[0], "variant": plan.INPUT},
+    ]
+
+
+def test_cells_of_the_engine_s_table():
+    row = {
+        "section": "engine-fp16", "network": "ResNet-18", "batch": 128, "precision": "fp16", "variant": plan.GRAPH,
+        "images_per_second": 43_859.6, "epoch_seconds": 1.14, "epoch_goal": 1.25, "of_matmul": [0.37, 0.361, 0.384],
+        "of_copy": None, "matmul_tflops": 790.4, "copy_gb_per_second": 4300.0, "first_step_seconds": 12.34,
+    }  # fmt: skip
+    found = table._engine_cells(row)
+    assert found[:3] == ("engine-fp16", "ResNet-18, fp16, batch 128", plan.GRAPH)
+    assert found[3:] == ("43,860", "1.14", "1.25 met", "0.37 [0.36, 0.38]", "790", "", "4.3e+03", "12.3")
+    missed = table._engine_cells({**row, "epoch_seconds": 1.26, "first_step_seconds": None})
+    assert (missed[5], missed[-1]) == ("1.25 missed", "")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", plan.ENGINE_PRECISIONS)
+def test_the_engine_is_measured_on_a_gpu(precision):
+    comparisons = plan.engine_gpu("ResNet-20", precision)
+    case = plan.Case("engine", "ResNet-20", 16, comparisons, 2, kind="engine", precision=precision)
+    found = {"rows": [], "equality": [], "engine": []}
+    speed.measure(case, torch.device("cuda"), 0, found)
+    assert len(found["rows"]) == len(comparisons)
+    assert {row["clock"] for row in found["rows"]} == {"cuda"}
+
+
 # ------------------------------------------------------------------------------------------------------- as a program
 
 FIELDS = {
@@ -380,9 +563,16 @@ def test_quick_measures_a_case_of_every_section_that_compiles_nothing(quick):
     record, _, _ = quick
     assert record["complete"]
     assert record["error"] is None
-    assert list(dict.fromkeys(row["section"] for row in record["rows"])) == ["mlp", "bookkeeping", "conv", "msam"]
+    sections = list(dict.fromkeys(row["section"] for row in record["rows"]))
+    assert sections == ["mlp", "bookkeeping", "conv", "msam", "engine"]
     assert {row["network"] for row in record["precision"]} == {"small CNN"}
-    assert len(record["rows"]) == len(plan.STEP) + 3
+    assert len(record["rows"]) == len(plan.STEP) + 3 + len(plan.ENGINE_STEP)
+    rows = [row for row in record["rows"] if row["section"] == "engine"]
+    assert [(row["variant"], row["reference"]) for row in rows] == [
+        (one.variant, one.reference) for one in plan.ENGINE_STEP
+    ]
+    trained = {row["variant"] for row in rows} | {row["reference"] for row in rows}
+    assert {row["variant"] for row in record["engine"]} == trained - {plan.INPUT}
 
 
 def test_a_record_says_what_it_needs_to(quick):
@@ -405,8 +595,9 @@ def test_the_table_has_a_line_for_each_row(quick, capsys):
     assert cli.main(["bench", "--table", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("|")]
-    assert len(rows) == 2 + len(record["rows"]) + 2 + len(record["precision"])
-    assert {line.count("|") for line in rows} == {len(table.HEADINGS) + 1, len(record["precision"][0]) + 1}
+    assert len(rows) == sum(2 + len(record[part]) for part in ("rows", "engine", "precision"))
+    widths = {len(table.HEADINGS) + 1, len(table.ENGINE_HEADINGS) + 1, len(record["precision"][0]) + 1}
+    assert {line.count("|") for line in rows} == widths
     assert any("PyTorch" in line for line in lines)
 
 
@@ -501,7 +692,8 @@ def test_without_the_peer_the_remedy_is_named(capsys, monkeypatch):
 
 
 def test_a_process_that_finds_a_difference_ends_the_bench(monkeypatch):
-    part = {"rows": [], "equality": [], "precision": [], "error": "ours: its update is off", "environment": {}}
+    part = {"rows": [], "equality": [], "engine": [], "precision": [], "environment": {}}
+    part["error"] = "ours: its update is off"
     monkeypatch.setattr(run, "_process", lambda order, threads: (part, False))
     kept = []
     record = run.run("cpu", ["mlp"], keep=lambda record: kept.append(record["complete"]))

@@ -1,13 +1,17 @@
 """What is measured: cases, each a network with variants to compare, and the goals. Data only; loads no torch.
 
-Two kinds of case are timed. A *step* is everything a training loop does for one batch: forward, backward, zero_grad,
+Three kinds of case are timed. A *step* is everything a training loop does for one batch: forward, backward, zero_grad,
 optimiser. *Bookkeeping* is what SAM adds to its two forward-backwards: `first_step`, `second_step` and a `zero_grad`
 after each, hence norm, copy, ascent, restore, the base optimiser's step and clearing the gradients. Forward, backward
 and the placement of prepared gradients in between are not timed. A gradient is placed as autograd would do it: a new
 tensor where `.grad` is None, otherwise added to the one there. An implementation that gathers gradients into a buffer
 pays for that here; one that keeps them bound to its buffer does not, but pays for the addition in its steps.
 
-No variant treats batch norm: running statistics are updated in both passes, by everyone.
+In these two no variant treats batch norm: running statistics are updated in both passes, by everyone.
+
+An *engine* case is the whole step of `samlib.train.Training`, which is a step of a training with all that the study
+does: images drawn and augmented, the learning rate, running statistics kept from the second pass, clipping, weight
+decay. What it is compared with does all of that too, on images that are on the device (`bench.engine`).
 """
 
 from collections.abc import Sequence
@@ -27,6 +31,17 @@ COMPILED = ", model compiled"  # suffix of a variant whose model goes through to
 COMPILED_OURS, COMPILED_PEER = f"{OURS}, compiled", f"{PEER}, compiled"  # here the optimiser does
 
 
+ENGINE, ENGINE_SGD = "engine SAM", "engine SGD"
+GRAPH, GRAPH_SGD = "engine SAM, graph", "engine SGD, graph"
+ENGINE_AGAIN, GRAPH_AGAIN = f"{ENGINE}, again", f"{GRAPH}, again"
+INPUT, INPUT_GRAPH = "input pipeline", "input pipeline, graph"
+LOOP_PLAIN, LOOP_SGD = f"loop, {PLAIN}", "loop, SGD"
+LOOP_PEER, LOOP_FAIR_PEER = f"loop, {PEER}", f"loop, {FAIR_PEER}"
+ENGINE_SHARDS = (4, 8)
+SEEDS = 4  # trainings side by side
+SIDE_BY_SIDE = f"{GRAPH}, {SEEDS} seeds side by side"
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """variant / reference, at most `goal` where there is one."""
@@ -41,10 +56,12 @@ class Case:
     """What one process measures.
 
     Attributes:
-        kind: "step", "bookkeeping" or "precision", whose rows are those of `precision.rows`.
+        kind: "step", "bookkeeping", "engine" or "precision", whose rows are those of `precision.rows`.
         clock: what the ratio is of, on a CPU: "cpu", the process's time on all its threads, or "wall". On a GPU it is
             the time between two events.
         processes: fresh processes, since where its memory lies moves a variant by up to 10 %.
+        block: steps between two readings of the clock of a CPU; for a GPU it is `variants.BLOCK`.
+        precision: of the passes, in an engine case; the others are in fp32.
     """
 
     section: str
@@ -56,6 +73,8 @@ class Case:
     threads: int = 1
     kind: str = "step"
     clock: str = "cpu"
+    block: int = 1
+    precision: str = "fp32"
 
     @property
     def timed(self) -> list[str]:
@@ -66,6 +85,11 @@ class Case:
 def msam(num_shards: int, way: str = "") -> str:
     """Name of our mSAM; without `way`, "sequential" or "vmap" is chosen by shape."""
     return f"mSAM, {num_shards} shards{way and ', '}{way}"
+
+
+def engine_msam(num_shards: int, way: str) -> str:
+    """Name of the engine's mSAM: way "eager", "graph", or "streams", a graph whose shards run side by side."""
+    return f"engine mSAM, {num_shards} shards, {way}"
 
 
 STEP = (
@@ -123,6 +147,58 @@ MSAM_COMPILED = (
 )
 
 
+ENGINE_STEP = (
+    Comparison(ENGINE, LOOP_FAIR_PEER),
+    Comparison(ENGINE, LOOP_PEER),
+    Comparison(ENGINE, LOOP_PLAIN),
+    Comparison(ENGINE, ENGINE_SGD),
+    Comparison(ENGINE_SGD, LOOP_SGD),
+    Comparison(ENGINE_AGAIN, ENGINE),
+    Comparison(INPUT, ENGINE),
+)
+ENGINE_CPU = {"MLP": (128, 20, 30), "small CNN": (128, 5, 30), "ResNet-20": (16, 1, 15)}  # batch, block, rounds
+ENGINE_GPU = ("ResNet-20", "WRN-40-2", "MobileNetV2", "ResNet-18", "ResNet-50", "WRN-28-10")
+ENGINE_PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+EPOCH = 50_000  # images
+EPOCH_GOALS = {  # seconds of an epoch of SAM on an H200, at the cheapest precision
+    "ResNet-20": 0.30,
+    "WRN-40-2": 0.95,
+    "MobileNetV2": 1.75,
+    "ResNet-18": 1.25,
+    "ResNet-50": 4.2,
+    "WRN-28-10": 9.0,
+}
+PEER_GOALS = {"ResNet-20": 0.25, "MobileNetV2": 0.45, "ResNet-18": 0.75, "WRN-28-10": 0.97}
+ENGINE_MSAM_GOALS = {("ResNet-18", 4): 1.2, ("ResNet-18", 8): 1.4, ("WRN-28-10", 8): 1.15}
+
+
+def engine_gpu(network: str, precision: str) -> tuple[Comparison, ...]:
+    """What the engine is compared with on a GPU, where it also runs as a graph.
+
+    mSAM on streams of its own has no scaled loss, and a WRN-28-10 for each of eight shards would be too much memory.
+    """
+    ways = ["graph", *(["streams"] if precision != "fp16" and network != "WRN-28-10" else [])]
+    return (
+        Comparison(GRAPH, LOOP_FAIR_PEER, PEER_GOALS.get(network)),
+        Comparison(GRAPH, LOOP_PEER),
+        Comparison(GRAPH, LOOP_PLAIN),
+        Comparison(GRAPH, ENGINE),
+        Comparison(ENGINE, LOOP_FAIR_PEER),
+        Comparison(ENGINE, ENGINE_SGD),
+        Comparison(GRAPH, GRAPH_SGD, 2.03),
+        Comparison(ENGINE_SGD, LOOP_SGD),
+        Comparison(GRAPH_AGAIN, GRAPH),
+        Comparison(INPUT_GRAPH, GRAPH, 0.01),
+        *(
+            Comparison(engine_msam(shards, way), GRAPH, ENGINE_MSAM_GOALS.get((network, shards)))
+            for shards in ENGINE_SHARDS
+            for way in ways
+        ),
+        # twice the images a second of one training: 4 steps in the time of 2
+        *([Comparison(SIDE_BY_SIDE, GRAPH, SEEDS / 2)] if network == "ResNet-20" else []),
+    )
+
+
 BOOKKEEPING_NETWORKS = ("ResNet-20", "MobileNetV2", "ResNet-18", "WRN-28-10")  # the issue sets goals for them
 CONVOLUTIONS = {  # with the batch: what a CPU can do in minutes
     "cpu": [("ResNet-20", 128), ("MobileNetV2", 8)],
@@ -149,7 +225,13 @@ def sections(device: str) -> dict[str, list[Case]]:
         "msam": [Case("msam", "ResNet-20", 128, MSAM, rounds=15, threads=2, clock="wall")],
         "msam-compiled": [Case("msam-compiled", "ResNet-20", 128, MSAM_COMPILED, rounds=15, threads=2, clock="wall")],
     }
-    if device == "cpu":
+    if device == "cuda":
+        found |= {_engine_section(precision): _engine_cases(precision) for precision in ENGINE_PRECISIONS}
+    else:
+        found["engine"] = [
+            Case("engine", network, batch, ENGINE_STEP, rounds=rounds, kind="engine", block=block)
+            for network, (batch, block, rounds) in ENGINE_CPU.items()
+        ]
         found["precision"] = [
             Case("precision", network, 0, (), rounds=1, processes=1, kind="precision") for network in PRECISION_NETWORKS
         ]
@@ -158,6 +240,18 @@ def sections(device: str) -> dict[str, list[Case]]:
 
 def _bookkeeping(section: str, network: str, comparisons: tuple[Comparison, ...]) -> Case:
     return Case(section, network, 0, comparisons, rounds=41, kind="bookkeeping")
+
+
+def _engine_section(precision: str) -> str:
+    return "engine" if precision == "fp32" else f"engine-{precision}"
+
+
+def _engine_cases(precision: str) -> list[Case]:
+    section, settings = _engine_section(precision), {"kind": "engine", "precision": precision}
+    return [
+        Case(section, network, 128, engine_gpu(network, precision), rounds=15, processes=1, **settings)
+        for network in ENGINE_GPU
+    ]
 
 
 def cases(
@@ -190,5 +284,5 @@ def cases(
 
 
 def _quick(case: Case) -> Case:
-    comparisons = case.comparisons if case.section == "mlp" else case.comparisons[:1]
+    comparisons = case.comparisons if case.section in ("mlp", "engine") else case.comparisons[:1]
     return replace(case, batch=min(case.batch, 4), comparisons=comparisons, rounds=2, processes=1, threads=1)

@@ -81,7 +81,8 @@ def _process(order: dict[str, Any], threads: int) -> tuple[Record | None, bool]:
     env = {**os.environ, **PASSIVE, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "part.json")
-        command = [sys.executable, "-m", "samlib.bench.speed", json.dumps({**order, "out": str(out)})]
+        order = {**order, "started": time.time(), "out": str(out)}
+        command = [sys.executable, "-m", "samlib.bench.speed", json.dumps(order)]
         child = subprocess.Popen(command, env=env, start_new_session=True)
         interrupted = False
         try:
@@ -108,6 +109,7 @@ def _begin(options: dict[str, Any]) -> Record:
         "load": [],
         "equality": [],
         "rows": [],
+        "engine": [],
         "precision": [],
     }
 
@@ -121,6 +123,7 @@ def _put_together(record: Record, parts: Sequence[Record]) -> None:
     record["equality"] = _worst([row for part in parts for row in part["equality"]])
     record["precision"] = [row for part in parts for row in part["precision"]]
     record["rows"] = merged([row for part in parts for row in part["rows"]])
+    record["engine"] = merged_engine([row for part in parts for row in part["engine"]])
 
 
 def _worst(checks: Sequence[Record]) -> list[Record]:
@@ -159,3 +162,20 @@ def _merged(group: Sequence[Record]) -> Record:
         "processes": [[row["ratio"], row["low"], row["high"]] for row in group],
         "met": None if goal is None else 2 * sum(row["low"] > goal for row in group) <= len(group),
     }
+
+
+def merged_engine(rows: Sequence[Record]) -> list[Record]:
+    """One row for each variant of an engine case: medians over its processes, intervals to their furthest ends."""
+    groups: dict[tuple, list[Record]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in ("section", "network", "variant")), []).append(row)
+    return [{name: _middle([row[name] for row in group]) for name in group[0]} for group in groups.values()]
+
+
+def _middle(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], float):
+        return statistics.median(values)
+    if isinstance(values[0], list):  # a ratio and the ends of its interval
+        ratio, low, high = zip(*values, strict=True)
+        return [statistics.median(ratio), min(low), max(high)]
+    return values[0]

@@ -8,6 +8,10 @@ from typing import Any
 from samlib.errors import InputError
 
 HEADINGS = ("section", "network", "variant / reference", "ratio", "95 % interval", "wall", "ms / ms", "rounds", "goal")
+ENGINE_HEADINGS = (
+    "section", "network", "variant", "images / s", "s / epoch of 50,000 images, extrapolated", "goal", "of matmul",
+    "matmul, TFLOP/s", "of copy", "copy, GB/s", "first step, s",
+)  # fmt: skip
 Table = list[Sequence[str]]  # the headings, then the rows
 NUMBERS = 3  # headings from here on are numbers, set flush right
 MET = {True: "met", False: "missed", None: ""}
@@ -24,8 +28,10 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def _each_table(record: dict[str, Any], draw: Callable[[Table], list[str]]) -> list[str]:
-    """The speeds and, where it was asked for, the precision; a blank line after each."""
+    """The speeds and, where they were asked for, the engine and the precision; a blank line after each."""
     tables = [[HEADINGS, *map(_cells, record["rows"])]] if record["rows"] else []
+    if record.get("engine"):  # records from before there was an engine lack it
+        tables.append([ENGINE_HEADINGS, *map(_engine_cells, record["engine"])])
     if record["precision"]:
         names = list(record["precision"][0])
         rows = [[_cell(row[name]) for name in names] for row in record["precision"]]
@@ -96,3 +102,24 @@ def _cells(row: dict[str, Any]) -> Sequence[str]:
         f"{row['rounds']} in {len(row['processes'])}",
         "" if row["goal"] is None else f"{row['goal']:.2f} {MET[row['met']]}",
     )
+
+
+def _engine_cells(row: dict[str, Any]) -> Sequence[str]:
+    goal, waited = row["epoch_goal"], row["first_step_seconds"]
+    return (
+        row["section"],
+        f"{row['network']}, {row['precision']}, batch {row['batch']}",
+        row["variant"],
+        f"{row['images_per_second']:,.0f}",
+        f"{row['epoch_seconds']:.3g}",
+        "" if goal is None else f"{goal:.2f} {MET[row['epoch_seconds'] <= goal]}",
+        _share(row["of_matmul"]),
+        _cell(row["matmul_tflops"]),
+        _share(row["of_copy"]),
+        _cell(row["copy_gb_per_second"]),
+        "" if waited is None else f"{waited:.1f}",
+    )
+
+
+def _share(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else "{:.2g} [{:.2g}, {:.2g}]".format(*ends)
