@@ -86,7 +86,7 @@ class GraphedStep:
         optimizer: the one that it steps, after `make_static`.
         inputs: examples of the tensors that the step is given, of the shapes and dtypes of all calls to come.
         generators: those on the device from which the step draws; an AverageSAM's own is found.
-        warmup: eager steps before the capture, 1 or more; torch's documentation asks for 3.
+        warmup: eager steps before the capture, 2 or more; torch's documentation asks for 3.
         stream: where to warm up and capture; default a new one. Two graphs that run at once, and a graph that may
             outlive another, need streams of their own, since torch keeps the workspace of matrix products by stream.
         pool: `torch.cuda.graph_pool_handle()`, to share memory with graphs that never run at the same time.
@@ -96,7 +96,7 @@ class GraphedStep:
         calls: number of steps made.
 
     Raises:
-        InputError: an optimiser that cannot be captured, warmup below 1; in a call: inputs of another number, shape or
+        InputError: an optimiser that cannot be captured, warmup below 2; in a call: inputs of another number, shape or
             dtype, an optimiser that is not as it was captured.
     """
 
@@ -113,8 +113,11 @@ class GraphedStep:
     ) -> None:
         _check_capturable(optimizer)
         _check_static(optimizer)
-        if warmup < 1:
-            raise InputError(f"warmup = {warmup}: the first step makes the momentum and is not captured; use 1 or more")
+        if warmup < 2:
+            raise InputError(
+                f"warmup = {warmup}: the first step makes the momentum, and SAM waits in it for the device; it is the "
+                "second that runs what is to be captured. Use 2 or more"
+            )
         device = _device(optimizer)
         self.step, self.optimizer, self.warmup, self.pool = step, optimizer, warmup, pool
         self.inputs = [torch.empty_like(tensor, device=device) for tensor in inputs]

@@ -20,11 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import samlib.optim
+from samlib import train as training
 from samlib.batchnorm import second_pass
 from samlib.errors import InputError
 from samlib.graph import GraphedStep, ParallelShards, assign, in_parallel, make_static
 from samlib.optim import ASAM, SAM, AverageSAM
 from samlib.shards import Shards
+from samlib.spec import DataSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
 from samlib.train import ClippedSGD
 
 SGD = torch.optim.SGD
@@ -510,8 +512,8 @@ def test_inputs_of_another_kind_are_refused(change, message):
 
 
 def test_a_graph_needs_a_warm_up():
-    with pytest.raises(InputError, match="warmup = 0"):
-        graphed("sgd", warmup=0)
+    with pytest.raises(InputError, match="warmup = 1"):
+        graphed("sgd", warmup=1)
 
 
 @pytest.mark.parametrize(
@@ -722,3 +724,41 @@ def test_the_generator_of_average_sam_is_the_one_it_draws_from():
     eps = opt.perturbation()
     opt.generator.manual_seed(4)
     assert not torch.equal(opt.perturbation()[0], eps[0])
+
+
+# ------------------------------------------------------------------------------------------- the step of samlib.train
+
+
+class Examined(Taped):
+    """A tape that looks at what it keeps."""
+
+    def _capture(self):
+        with Watch() as self.watch, Outside() as self.outside:
+            return super()._capture()
+
+
+OPTIMS = {
+    "sgd": OptimSpec("sgd", clip="descent", clip_norm=0.5),
+    "sam": OptimSpec("sam", clip="both", clip_norm=0.5),
+    "msam": OptimSpec("sam", num_shards=4, shard_batchnorm="batch"),
+    "average sam": OptimSpec("average_sam"),
+}
+
+
+@pytest.mark.parametrize("optim", OPTIMS.values(), ids=OPTIMS)
+def test_the_step_of_a_training_is_one_that_a_graph_can_keep(optim, monkeypatch):
+    """With eager steps of a smaller last batch and evaluations between the replays."""
+    settings = TrainSpec(
+        epochs=3, batch_size=16, drop_last=False, logged_loss="w" if optim.method == "sgd" else "w+eps"
+    )
+    spec = RunSpec(DataSpec(train_size=100), ModelSpec(width=4), optim, settings)
+    found = []
+    for cls in (GraphedStep, Examined):
+        monkeypatch.setattr(training, "GraphedStep", cls)
+        run = training.Training.start(spec, torch.device("cpu"), graph=True)
+        run.go_on(lambda: None)
+        found.append([torch.tensor(run.record().history["running_loss"]), *run.model.state_dict().values()])
+    assert run.graphed.calls == 18
+    assert run.graphed.watch.found == set()
+    assert not any(storage.expired() for storage in run.graphed.outside.before.values())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
