@@ -125,7 +125,7 @@ class GraphedStep:
         self.stream = torch.cuda.Stream(device) if stream is None and device.type == "cuda" else stream
         self.calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured: list[Any] = []
+        self._captured: dict[str, list[Any]] = {}
         self._kept: list[Tensor] = []  # that the graph writes to and the optimiser may replace
         self._loss: Tensor | None = None  # of the last replay
 
@@ -354,27 +354,28 @@ def _is_off(name: str, value: Any) -> bool:
     return name == "rho" and not isinstance(value, Tensor) and value == 0
 
 
-def _check_unchanged(optimizer: Optimizer, captured: list[Any]) -> None:
+def _check_unchanged(optimizer: Optimizer, captured: dict[str, list[Any]]) -> None:
     held = _held(optimizer)
-    if held == captured:
-        return
-    pairs = zip(held, captured, strict=False)
-    name = next((name for (name, now), (_, then) in pairs if now != then), "the state")
-    raise InputError(
-        f"{name} of the optimizer is not what the graph has captured, and would be ignored. Change lr and rho with "
-        "assign(), or make another GraphedStep"
-    )
+    for name in {**captured, **held}:
+        if held.get(name) != captured.get(name):
+            raise InputError(
+                f"{name} of the optimizer is not what the graph has captured, and would be ignored. Change lr and rho "
+                "with assign(), or make another GraphedStep"
+            )
 
 
-def _held(optimizer: Optimizer) -> list[tuple[str, Any]]:
+def _held(optimizer: Optimizer) -> dict[str, list[Any]]:
     """What a graph takes in for good: the addresses of weights and state, the values of settings."""
-    held = []
-    for group in optimizer.param_groups:
-        held += [(name, _address_or_value(value)) for name, value in group.items() if name != "params"]
-        for w in group["params"]:
-            held.append(("a weight", w.data_ptr()))
-            held += [(name, _address_or_value(value)) for name, value in optimizer.state.get(w, {}).items()]
-    return held
+    groups, state = optimizer.param_groups, optimizer.state
+    weights = [w for group in groups for w in group["params"]]
+    kept = [value for w in weights for value in state.get(w, {}).values()]
+    names = dict.fromkeys(name for group in groups for name in group if name != "params")
+    return {
+        "a weight": list(map(Tensor.data_ptr, weights)),
+        "requires_grad": [w.requires_grad for w in weights],
+        "the state": list(map(_address_or_value, kept)),
+        **{name: [_address_or_value(group.get(name)) for group in groups] for name in names},
+    }
 
 
 def _address_or_value(value: Any) -> Any:

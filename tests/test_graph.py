@@ -562,11 +562,12 @@ def move_weights(opt, model):
         (set_group("lr", torch.tensor(0.05, dtype=torch.float64)), "^lr of"),
         (set_group("rho", 0.0), "^rho of"),
         (set_group("momentum", 0.8), "^momentum of"),
-        (set_group("initial_lr", 0.8), "of the optimizer"),
+        (set_group("initial_lr", 0.8), "^initial_lr of"),
         (load_state, "of the optimizer"),
         (move_weights, "^a weight of"),
-        (lambda opt, model: opt.state.clear(), "of the optimizer"),
-        (lambda opt, model: opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]}), "of the optimizer"),
+        (lambda opt, model: model[-1].bias.requires_grad_(False), "^requires_grad of"),
+        (lambda opt, model: opt.state.clear(), "^the state of"),
+        (lambda opt, model: opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]}), "^a weight of"),
     ],
 )
 def test_what_the_graph_would_ignore_is_refused(change, message, flat):
