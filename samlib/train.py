@@ -26,6 +26,7 @@ from samlib.graph import GraphedStep, assign, make_static
 from samlib.measures import WeightLoss, asymmetry, connectivity, hessian, precision, sharpness, tails
 from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, OptimSpec, RunSpec, Spec
 from samlib.store import NUMERICS, Record, Store, parent_run, parent_spec
+from samlib.two_products import two_products
 
 Measured = tuple[dict[str, float], dict[str, list[float]]]  # values, and columns of equal length
 
@@ -485,6 +486,8 @@ class Training:
         with batchnorm.second_pass(self.model, "frozen"):
             shards.closures[0]()
         weights = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+        if self.spec.optim.second_pass == "two_products":  # eps is rounded alone, as if it were added to nothing
+            weights = [torch.zeros_like(w) for w in weights]
         found = precision.effective_perturbation(weights, self.optimizer.perturbation(), self.spec.train.precision)
         self.optimizer.zero_grad(set_to_none=not self.graph)
         return found
@@ -570,7 +573,8 @@ class Shards:
         """What every optimiser of samlib calls: clears the gradients, computes the loss, calls backward."""
         self._clear_gradients()
         with self._batch_norm(part), self.arithmetic():
-            loss = self._loss(part)
+            with self._products():
+                loss = self._loss(part)
             if self.spec.train.precision == "fp16":
                 self._backward_scaled(loss)
             else:
@@ -591,6 +595,10 @@ class Shards:
     def arithmetic(self) -> AbstractContextManager:
         name, device = self.spec.train.precision, self.inputs.device
         return nullcontext() if name == "fp32" and device.type == "cpu" else arithmetic(name, device)
+
+    def _products(self) -> AbstractContextManager:
+        """Two of each layer at w + eps, where the run asks for that; it does nothing at w."""
+        return two_products(self.optimizer) if self.spec.optim.second_pass == "two_products" else nullcontext()
 
     def perturbed_loss(self) -> Tensor:
         """The mean over shards of the loss at w + eps in the step just made; NaN if the step was skipped on the way."""

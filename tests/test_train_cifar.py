@@ -12,8 +12,10 @@ from samlib import data, train
 from samlib import spec as specs_of
 from samlib.arithmetic import arithmetic
 from samlib.augment import Augmentation
+from samlib.optim import SAM
 from samlib.spec import AugmentSpec, DataSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
 from samlib.store import Store
+from samlib.two_products import two_products
 
 CPU = torch.device("cpu")
 SMALL = RunSpec(
@@ -191,6 +193,38 @@ def test_a_step_in_low_precision_is_that_of_a_model_called_in_it():
     assert training.losses[0].item() == loss.item()
     for found, before, grad in zip(training.model.parameters(), model.parameters(), grads, strict=True):
         torch.testing.assert_close(found, before - spec.optim.lr * grad)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_step_with_two_products_is_that_written_out(graph):
+    """bf16, both passes, without batch norm; with graph=True in the form of the step that a GPU captures."""
+    spec = change(precision="bf16", second_pass="two_products", rho=0.05, norm="none")
+    training = train.Training.start(spec, CPU, graph)
+    model, split = train.build_model(spec, training.splits, CPU), training.splits.train
+    opt = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9, weight_decay=0.0005)
+
+    def closure():
+        opt.zero_grad()
+        with arithmetic("bf16", CPU), two_products(opt):
+            loss = functional.cross_entropy(model.train()(split.inputs[:10]), split.labels[:10])
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    training.model.train()
+    training.take(torch.arange(10))
+    for found, expected in zip(training.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_with_two_products_all_of_the_perturbation_acts(store):
+    rounded, apart = (
+        train.run(change(precision="bf16", rho=0.05, second_pass=how), store, "cpu")
+        for how in ("rounded", "two_products")
+    )
+    assert rounded.history["running_loss"] != apart.history["running_loss"]
+    assert rounded.perturbation["cosine"] < 0.999 < 0.9999 < apart.perturbation["cosine"] < 1
+    assert apart.perturbation["norm_ratio"] == pytest.approx(1, abs=1e-3)
 
 
 def test_the_loss_scale_leaves_gradients_that_need_none_and_saves_those_that_do(store):
