@@ -226,12 +226,22 @@ def elsewhere(stores: Sequence[Store]) -> Speed:
     return found
 
 
+# Fields that leave the speed of a step as it is, and the shards, which are counted.
+SAME_SPEED = {
+    *("seed", "split_seed", "data.train_size", "data.validation_size", "data.label_noise", "data.scaling"),
+    *("optim.num_shards", "optim.shard_size", "optim.ascent_from", "optim.ascent_until", "optim.rho", "optim.eta"),
+    *("optim.lr", "optim.momentum", "optim.weight_decay", "optim.schedule", "optim.warmup", "optim.clip_norm"),
+    *("train.epochs", "train.updates", "train.drop_last", "train.eval_every", "train.eval_train_every"),
+    *("train.label_smoothing", "train.smoothing_convention", "train.loss_scale"),
+}
+
+
 def setting(spec: Spec, run: RunSpec | None = None) -> str:
     """What two specs share that run at one speed."""
     match spec:
         case RunSpec():
-            how = [spec.optim.method, specs_of.num_shards(spec), spec.train.precision, spec.train.batch_size]
-            return f"{network(spec)} {how} {specs_of.flat(spec.augment)}"
+            how = {name: value for name, value in specs_of.flat(spec).items() if name not in SAME_SPEED}
+            return f"{how} {specs_of.num_shards(spec)}"
         case MeasureSpec():
             return f"{network(run)} {replace(spec, parent='0' * 16)}"
         case ConnectSpec():

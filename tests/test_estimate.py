@@ -121,18 +121,32 @@ def test_a_record_of_the_same_setting_comes_first_then_a_probe_then_the_network_
     speed.learn(record(replace(SAM, seed=6), 8.0))
     speed.learn(record(replace(SAM, seed=7), 100.0))  # one run beside which the machine did something else
     assert speed.estimate(SAM).seconds == pytest.approx(8.0)
-    longer = specs_of.override(SAM, {"epochs": 20, "lr": 0.3})  # the same setting at ten times the length
+    longer = specs_of.override(
+        SAM, {"epochs": 20, "lr": 0.3, "shard_size": 16}
+    )  # the same setting at ten times the length
     assert speed.estimate(longer).seconds == pytest.approx(80.0)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"precision": "bf16"}, {"batch_size": 24}, {"num_shards": 2}, {"method": "asam"}, {"model.width": 8}]
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"batch_size": 24},
+        {"num_shards": 2},
+        {"method": "asam"},
+        {"logged_loss": "w+eps"},
+        {"model.width": 8},
+    ],
 )
 def test_runs_at_another_speed_are_another_setting(changes):
     speed = Speed("this one")
     speed.learn(record(SAM, 7.0))
     expected = "the cost model" if "model.width" in changes else "records of the network"
     assert speed.estimate(specs_of.override(SAM, changes)).source == expected
+
+
+def test_every_field_that_leaves_the_speed_as_it_is_is_one_of_a_spec():
+    assert set(specs_of.flat(RunSpec())) >= estimate.SAME_SPEED
 
 
 def test_what_is_measured_is_known_by_its_kind_and_the_network_of_its_run():
