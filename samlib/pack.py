@@ -1,6 +1,6 @@
 """Carries finished work from one machine to another in a few plain files.
 
-DIR/records.zip    about.json and records/<key>.json
+DIR/records.zip    about.json (with what probes found) and records/<key>.json
 DIR/tensors.zip    about.json, checkpoints/<key>.pt and weights/<key>.pt, where they were asked for
 
 An archive that outgrows a file is cut into volumes (`tensors.zip.001`, ...), which `cat tensors.zip.* > tensors.zip`
@@ -18,6 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from samlib import spec as specs_of
 from samlib.errors import InputError
 from samlib.experiments import check_profile
 from samlib.store import Record, Store, finished, parse, require_committed, write_bytes
@@ -48,12 +49,14 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Cargo:
-    """What an export was found to hold, whole and in order: records by key, tensors and their ages by name."""
+    """What an export was found to hold, whole and in order: records by key, tensors and their ages by name, and what
+    probes of the speed of machines found."""
 
     profile: str
     records: dict[str, Record] = field(default_factory=dict)
     tensors: dict[str, bytes] = field(default_factory=dict)
     saved: dict[str, int] = field(default_factory=dict)
+    probes: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def export(
     keys = [key for key in source.recorded() if finished(source, key) and not any(finished(s, key) for s in known)]
     records = ((f"records/{key}.json", source.record_path(key)) for key in keys)
     files = [*(_newest(source, "checkpoints") if checkpoints else ()), *(_newest(source, "weights") if weights else ())]
-    about = {"format": FORMAT, "profile": source.folder.name}
+    about = {"format": FORMAT, "profile": source.folder.name, "probes": source.probes()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         archive, unpacked = _archive(about, records, TOTAL_BYTES, zipfile.ZIP_DEFLATED)
@@ -158,6 +161,7 @@ def read(folder: Path) -> Cargo:
             found.records.update(cargo.records)
             found.tensors.update(cargo.tensors)
             found.saved.update(cargo.saved)
+            found.probes.extend(probe for probe in cargo.probes if probe not in found.probes)
     if found is None:
         raise InputError(f"import = {str(folder)!r} has no {' and no '.join(ARCHIVES)}: name the folder of an export")
     return found
@@ -180,6 +184,8 @@ def merge(cargo: Cargo, target: Store) -> Merged:
         target.save(record)
         if target.writable and _saved(target.checkpoint_path(record.key)) < _ended(target, record.key):
             target.checkpoint_path(record.key).unlink(missing_ok=True)
+    if target.writable and (probes := [probe for probe in cargo.probes if probe not in target.probes()]):
+        target.save_probes([*target.probes(), *probes])
     tensors = [name for name in cargo.tensors if target.writable and _is_wanted(name, cargo, target)]
     for name in tensors:
         write_bytes(target.folder / name, cargo.tensors[name], saved=cargo.saved.get(name))
@@ -206,7 +212,9 @@ def _cargo(path: Path, content: bytes) -> Cargo:
             members = {info.filename: archive.read(info) for info in archive.infolist()}
             about = json.loads(members.pop("about.json"))
             cargo = Cargo(
-                check_profile(about["profile"]), saved={name: int(at) for name, at in about.get("saved", {}).items()}
+                check_profile(about["profile"]),
+                saved={name: int(at) for name, at in about.get("saved", {}).items()},
+                probes=[_probe(entry) for entry in about.get("probes", [])],
             )
             known_format = about["format"] == FORMAT
     except Exception as error:  # damaged bytes can raise anything
@@ -216,6 +224,14 @@ def _cargo(path: Path, content: bytes) -> Cargo:
     for name, member in members.items():
         _take(cargo, path, name, member)
     return cargo
+
+
+def _probe(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of `Store.probes`, if it is one."""
+    specs_of.from_canonical(entry["spec"])
+    if not (entry["images_per_second"] > 0 and {type(entry["device"]), type(entry["finished"])} == {str}):
+        raise ValueError(f"no probe: {entry}")
+    return entry
 
 
 def _take(cargo: Cargo, path: Path, name: str, member: bytes) -> None:

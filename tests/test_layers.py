@@ -47,7 +47,7 @@ MAY_IMPORT = {
         "two_products",
     },
     "store": {"errors", "spec", "experiments", "pandas"},
-    "pack": {"errors", "experiments", "store"},
+    "pack": {"errors", "experiments", "spec", "store"},
     "estimate": {"errors", "experiments", "spec", "store"},
     "probe": {"estimate", "provenance", "spec", "store", "train", "torch"},
     "sweep": {"errors", "estimate", "spec", "store", "train", "torch", "tqdm"},

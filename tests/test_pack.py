@@ -127,6 +127,18 @@ def test_an_export_cut_while_it_writes_leaves_the_one_before(store, target, tmp_
     assert pack.merge(pack.read(tmp_path / "out"), target).records == 2
 
 
+def test_what_probes_found_goes_along(store, target, tmp_path):
+    found = [
+        {"device": name, "spec": specs_of.canonical(SPECS[0]), "images_per_second": 9.5} for name in ("one", "two")
+    ]
+    target.save_probes(found[1:])
+    store.save_probes(found)
+    pack.export(store, tmp_path / "out", weights=True)
+    for _ in range(2):
+        pack.merge(pack.read(tmp_path / "out"), target)
+        assert target.probes() == found[::-1]
+
+
 def test_the_newer_checkpoint_stays(store, target, tmp_path):
     pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
     path = tensors(target, "checkpoints", KEYS[4], b"older", at=199)
@@ -205,6 +217,7 @@ OUTSIDE = dict.fromkeys(("../evil.json", "/etc/evil", "records/../../evil.json",
         ({f"records/{KEYS[1]}.pt": b"x"}, ["no export"]),
         ({"about.json": b"{}"}, ["no export"]),
         ({"about.json": b"[]"}, ["no export"]),
+        ({"about.json": b'{"format": 1, "profile": "gpu", "probes": [{"device": "one"}]}'}, ["no export"]),
         ({"about.json": b'{"format": 1, "profile": "../.."}'}, ["profile"]),
         ({"about.json": b'{"format": 2, "profile": "gpu"}'}, ["format = 2"]),
     ],
