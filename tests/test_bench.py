@@ -15,6 +15,7 @@ import scipy.stats
 import torch
 
 from samlib import __main__ as cli
+from samlib.augment import Augmentation
 from samlib.bench import engine, plan, precision, protocol, run, speed, table, variants
 from samlib.bench.networks import NETWORKS, Workload
 from samlib.bench.protocol import Built, NotEqualError, Times
@@ -416,6 +417,7 @@ def test_a_training_of_the_bench_leaves_no_trace(monkeypatch):
     assert "SAMLIB_DATA" not in os.environ
     assert training.splits.pixels.images.shape == (engine.IMAGES["cpu"], 3, 8, 8)
     assert next(training.model.parameters()).dtype == torch.float64
+    assert training.augmentation == Augmentation(flip=True, crop="reflect", cutout=4)
 
 
 def test_the_steps_of_an_engine_go_on_over_the_end_of_an_epoch(monkeypatch):
