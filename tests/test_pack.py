@@ -128,15 +128,18 @@ def test_an_export_cut_while_it_writes_leaves_the_one_before(store, target, tmp_
 
 
 def test_what_probes_found_goes_along(store, target, tmp_path):
-    found = [
-        {"device": name, "spec": specs_of.canonical(SPECS[0]), "images_per_second": 9.5} for name in ("one", "two")
-    ]
+    entry = {"spec": specs_of.canonical(SPECS[0]), "images_per_second": 9.5, "finished": "2026-01-01"}
+    found = [{"device": name} | entry for name in ("one", "two")]
     target.save_probes(found[1:])
     store.save_probes(found)
     pack.export(store, tmp_path / "out", weights=True)
     for _ in range(2):
         pack.merge(pack.read(tmp_path / "out"), target)
         assert target.probes() == found[::-1]
+    store.save_probes([found[0] | {"images_per_second": 0}])
+    pack.export(store, tmp_path / "out")
+    with pytest.raises(InputError, match="no probe"):
+        pack.read(tmp_path / "out")
 
 
 def test_the_newer_checkpoint_stays(store, target, tmp_path):
