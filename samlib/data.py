@@ -163,9 +163,12 @@ def scaling_constants(images: Images, scaling: str) -> tuple[Tensor, Tensor]:
     return torch.full((channels,), mean), torch.full((channels,), sd)
 
 
-def batches(size: int, batch_size: int, drop_last: bool, rng: torch.Generator) -> Iterator[Tensor]:
-    """Indices of one epoch's mini-batches, in a fresh random order."""
-    order = torch.randperm(size, generator=rng)
+def batches(
+    size: int, batch_size: int, drop_last: bool, rng: torch.Generator, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
+    """Indices of one epoch's mini-batches, in a fresh random order. It goes to the device as a whole: sent batch by
+    batch, the host would wait for the device each time."""
+    order = torch.randperm(size, generator=rng).to(device)
     stop = size - size % batch_size if drop_last else size
     yield from (order[start : start + batch_size] for start in range(0, stop, batch_size))
 

@@ -311,7 +311,7 @@ class Training:
         splits = load_splits(spec, device)
         model = build_model(spec, splits, device)
         torch.manual_seed(data.generator(spec.seed, "dropout").initial_seed())
-        optimizer = build_optimizer(spec.optim, model, spec.seed, graph)
+        optimizer = build_optimizer(spec, model, graph)
         if graph:
             make_static(optimizer)
         order = data.generator(spec.seed, "order")
@@ -373,12 +373,12 @@ class Training:
         while self.status == "running":
             self.model.train()
             self.order.set_state(self.epoch_order)
-            whole = data.batches(len(train), settings.batch_size, settings.drop_last, self.order)
+            whole = data.batches(len(train), settings.batch_size, settings.drop_last, self.order, self.device)
             yield from islice(whole, self.steps_of_epoch, self.steps - self.epoch * self.steps_per_epoch)
 
-    def take(self, indices: Tensor) -> None:
+    def take(self, chosen: Tensor) -> None:
         """A step on these images, and what follows the last one of an epoch."""
-        chosen, settings = indices.to(self.device), self.spec.optim
+        settings = self.spec.optim
         ascent = ascends(settings, self.step, self.steps)
         lr = learning_rate(settings, self.step, self.steps)
         # with rho 0 a SAM makes the step of its base optimiser, on the same momentum
@@ -404,7 +404,8 @@ class Training:
         """The step of this training as a graph, made once."""
         if self.graphed is None:
             drawn = [self.draws] if self.augmentation.active else []
-            self.graphed = GraphedStep(partial(self.one_step, ascent=True), self.optimizer, [chosen], generators=drawn)
+            step = partial(self.one_step, ascent=self.spec.optim.method != "sgd")
+            self.graphed = GraphedStep(step, self.optimizer, [chosen], generators=drawn)
         return self.graphed
 
     def augmented(self, chosen: Tensor, labels: Tensor) -> tuple[Tensor, "Mixed | None"]:
@@ -483,7 +484,7 @@ class Training:
         self.model.train()
         size = self.spec.train.batch_size
         shards = self.shards(*(t[:size] for t in _tensors(self.splits.train)))
-        with batchnorm.second_pass(self.model, "frozen"):
+        with batchnorm.second_pass(self.model, "frozen"), torch.random.fork_rng():  # dropout draws as if nothing was
             shards.closures[0]()
         weights = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
         if self.spec.optim.second_pass == "two_products":  # eps is rounded alone, as if it were added to nothing
@@ -680,9 +681,10 @@ def build_model(
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
-def build_optimizer(spec: OptimSpec, model: nn.Module, seed: int, graph: bool = False) -> torch.optim.Optimizer:
-    """The optimiser of a spec, with its base optimiser, weight decay, clipping and filters; for a `graph` with a fused
+def build_optimizer(run: RunSpec, model: nn.Module, graph: bool = False) -> torch.optim.Optimizer:
+    """The optimiser of a run, with its base optimiser, weight decay, clipping and filters; for a `graph` with a fused
     base and flat buffers."""
+    spec = run.optim
     base = partial(
         ClippedSGD if spec.clip != "none" else torch.optim.SGD,
         lr=spec.lr,
@@ -694,11 +696,13 @@ def build_optimizer(spec: OptimSpec, model: nn.Module, seed: int, graph: bool = 
     )
     parameters = list(model.parameters())
     perturb_filter = _with_axes if spec.perturbed == "weights" else None
+    flat = {"flat": True} if graph else {}
+    if spec.method == "sgd" and run.train.precision == "fp16":  # a gradient may overflow, and SAM skips such a step
+        return optim.SAM(parameters, base, 0.0, **flat)
     if spec.method == "sgd":
         return base(parameters)
-    flat = {"flat": True} if graph else {}
     if spec.method == "average_sam":
-        return optim.AverageSAM(parameters, base, spec.rho, seed=seed, perturb_filter=perturb_filter, **flat)
+        return optim.AverageSAM(parameters, base, spec.rho, seed=run.seed, perturb_filter=perturb_filter, **flat)
     settings: dict[str, Any] = {"p": spec.p, "perturb_filter": perturb_filter, **flat}
     if spec.method == "sam":
         return optim.SAM(parameters, base, spec.rho, **settings)

@@ -157,6 +157,17 @@ def test_an_augmented_run_cut_in_mid_epoch_ends_as_if_it_had_not_been(store, tmp
 # ------------------------------------------------------------------------------------------------ precision
 
 
+def test_looking_at_the_perturbation_changes_nothing(store):
+    """Dropout draws from the global generator."""
+    often, seldom = (
+        train.run(change(precision="bf16", dropout=0.3, eval_every=every), store, "cpu") for every in (1, 3)
+    )
+    assert often.history["running_loss"][-1] == seldom.history["running_loss"][-1]
+    assert same(
+        weights(store, change(precision="bf16", dropout=0.3)), weights(store, specs_of.from_canonical(seldom.spec))
+    )
+
+
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 def test_what_acts_of_the_perturbation_is_logged_in_low_precision(store, precision):
     record = train.run(change(precision=precision, rho=0.05), store, "cpu")
@@ -243,9 +254,10 @@ def test_the_loss_scale_leaves_gradients_that_need_none_and_saves_those_that_do(
         assert (found @ large / found.norm() / large.norm() > 0.999) == kept
 
 
-def test_an_overflow_in_fp16_skips_the_step_and_leaves_the_weights(store):
-    spec = change(precision="fp16", loss_scale=2.0**40, epochs=1)
-    training = train.Training.start(spec, CPU)
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("method", ["sgd", "sam", "average_sam"])
+def test_an_overflow_in_fp16_skips_the_step_and_leaves_the_weights(method, graph):
+    training = train.Training.start(change(method=method, precision="fp16", loss_scale=2.0**40), CPU, graph)
     before = [p.detach().clone() for p in training.model.parameters()]
     training.model.train()
     training.take(torch.arange(10))
