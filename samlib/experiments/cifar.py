@@ -5,10 +5,12 @@ What is left open is as the errata resolve it, else at the default of its field:
 schedule; for behdin2023 flip, padding with zeros and the CIFAR stem (E-M6). None of them says whether the last, smaller
 batch of an epoch is used; it is left out, but for boca2023, whose 78,200 updates count it.
 
-Gpu: what fits the minutes on one H200. Precision is tf32, to be replaced here, before the first records, if a record's
-`perturbation_cosine` or the fp32 control is against it: TF32 rounds operands to 11 bits, of which a perturbation of rho
-0.05 survives with a cosine of 0.97 or more (measured on ResNet-18 and ResNet-20 a few steps old), bf16 leaves 0.56, and
-fp16 needs a scaled loss. Paper: fp32, where a paper does not say otherwise.
+Gpu: what fits the minutes on one H200. Precision is provisionally tf32: bf16 leaves a perturbation of rho 0.05 a cosine
+of 0.56, and fp16 needs a scaled loss. But a verdict needs 0.95 and an fp32 control that agrees. A ResNet-18 and a
+ResNet-20 a few steps old had 0.97 or more in tf32; the networks here, 20 steps old, on real images and with TF32
+emulated on a CPU, had 0.93 (ResNet-18 with the stem for ImageNet) and 0.91 (MobileNetV2). If `perturbation_cosine`
+stays there on a GPU, PRECISION and BOCA have to say fp32 before the first record is committed.
+Paper: fp32, where a paper does not say otherwise.
 """
 
 import math
