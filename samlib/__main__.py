@@ -205,7 +205,10 @@ def exported(
             raise InputError("with-checkpoints and with-weights say what is packed: name a folder with --export too")
         yield None
         return
+    from samlib import sweep
+
     store.check_writable()
+    sweep.put_aside_unusable(store)
     pack.export(store, options.export, known)  # a folder that cannot be written is found out now
     packed = time.monotonic()
 

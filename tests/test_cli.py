@@ -247,6 +247,13 @@ def test_an_interrupted_sweep_leaves_an_export_of_what_is_finished(study, capsys
     assert "2 records new" in capsys.readouterr().out
 
 
+def test_a_record_that_cannot_be_used_is_run_again_and_exported(ran, capsys):
+    path = ran / "runs" / "quick" / "records" / f"{specs_of.key(ARMS[1].specs[0])}.json"
+    path.write_text("{")
+    assert cli.main([*RUN, *HERE, "--export", "out"]) == 0
+    assert "out: 7 records" in capsys.readouterr().out
+
+
 def test_an_export_grows_with_the_sweep(study, monkeypatch):
     """One that is killed leaves what was exported last."""
     monkeypatch.setattr(cli, "EXPORT_SECONDS", 0.0)
