@@ -8,13 +8,15 @@ Exit codes: 0 fine, 1 a run, a comparison or the bench failed, 2 bad input (noth
 import argparse
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from samlib import estimate, experiments, pack
 from samlib import spec as specs_of
@@ -66,6 +68,15 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--tuning", action="store_true", help="also the runs on which settings were chosen")
     run.add_argument("--workers", type=int, help="worker processes (default: one per core, one on a GPU)")
     run.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    run.add_argument("--graph", action="store_true", help="one CUDA graph per training step (not yet proven on a GPU)")
+    run.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="a variation of your own: other seeds")
+    run.add_argument(
+        "--override",
+        action="append",
+        metavar="FIELD=VALUE",
+        default=[],
+        help="a variation of your own: another value of a field, such as epochs=2 (may be repeated)",
+    )
     run.add_argument("--time-limit", metavar="9m", help="stop in time, and go on with the same command: 90s, 1h30m")
     run.add_argument("--known", nargs="+", metavar="DIR", default=[], help="do not run what these stores have")
     run.add_argument("--export", type=Path, metavar="DIR", help="pack what is finished, and not known, into few files")
@@ -127,7 +138,10 @@ def run_pending(options: argparse.Namespace) -> int:
     known = [known_store(options.profile, name) for name in options.known]
     if options.probe or not options.dry_run:
         require_device(options.profile, options.device)
-    specs = chosen_specs(options.profile, options.experiment, options.only, options.tuning)
+    if options.graph:
+        os.environ["SAMLIB_GRAPH"] = "1"
+    varied = options.seeds, read_overrides(options.override)
+    specs = chosen_specs(options.profile, options.experiment, options.only, options.tuning, *varied)
     if options.probe:
         measure_speed(specs, store, known, options.device)
     if options.dry_run:
@@ -142,7 +156,7 @@ def run_pending(options: argparse.Namespace) -> int:
             options.device,
             deadline=began + limit - min(MARGIN_SECONDS, MARGIN * limit),
             speed=known_speed(options, [store, *known]) if limit < math.inf else None,
-            titles=experiments.titles(chosen_arms(options.profile, options.experiment, tuning=True)),
+            titles=experiments.titles(chosen_arms(options.profile, options.experiment, True, *varied)),
             after=refresh,
         )
     total = summary.done + summary.diverged + len(summary.failed)
@@ -178,7 +192,8 @@ def print_plan(
     speed = known_speed(options, [store, *known])
     speed.know(specs)
     trained = [key for place in (store, *known) for key in place.trained()]
-    arms = chosen_arms(options.profile, options.experiment, tuning=True)
+    varied = options.seeds, read_overrides(options.override)
+    arms = chosen_arms(options.profile, options.experiment, True, *varied)
     rows = estimate.plan(arms, sweep.parents_first(pending(specs, store, known)), speed, trained, limit)
     print(f"{options.profile} on {speed.device or 'a GPU of assumed speed'}, {len(specs)} runs in all")
     print(estimate.report(rows, options.profile, limit))
@@ -324,16 +339,44 @@ def keep_json(path: str | None, record: dict) -> None:
 # ---------------------------------------------------------------------------------------------- what they share
 
 
-def chosen_arms(profile: str, stems: Sequence[str] | None, tuning: bool) -> list[tuple[str, Arm]]:
-    """The arms of a profile, or of some experiments, with the name of the experiment."""
-    found = [(stem, arm) for stem in stems or experiments.STEMS for arm in experiments.arms(stem, profile)]
+def chosen_arms(
+    profile: str,
+    stems: Sequence[str] | None,
+    tuning: bool,
+    seeds: Sequence[int] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[tuple[str, Arm]]:
+    """The arms of a profile, or of some experiments, or a variation of them, with the name of the experiment."""
+    stems = stems or experiments.STEMS
+    found = [(stem, arm) for stem in stems for arm in experiments.arms(stem, profile, seeds, overrides)]
     return [(stem, arm) for stem, arm in found if tuning or not arm.tuning]
 
 
-def chosen_specs(profile: str, stems: Sequence[str] | None, keys: Sequence[str], tuning: bool = False) -> list[Spec]:
+def read_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """FIELD=VALUE as a mapping; a value is a number, true, false, null or else a word."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise InputError(f"override = {text!r}: write FIELD=VALUE, for example epochs=2")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def chosen_specs(
+    profile: str,
+    stems: Sequence[str] | None,
+    keys: Sequence[str],
+    tuning: bool = False,
+    seeds: Sequence[int] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[Spec]:
     """The specs of a profile, of some experiments, or with some keys (a measure brings along its run; a key may be that
-    of a tuning run), those first that are worth most where time is short."""
-    arms = chosen_arms(profile, stems, tuning=tuning or bool(keys))
+    of a tuning run), those first that are worth most where time is short; or of a variation of them."""
+    arms = chosen_arms(profile, stems, tuning or bool(keys), seeds, overrides)
     specs = experiments.in_order_of_worth([arm for _, arm in arms])
     if not specs:
         raise InputError(f"profile = {profile!r} has no runs yet: use --profile quick")

@@ -165,7 +165,7 @@ class _Result(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+        return x.clone()  # not a view: what follows may change it in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +48,7 @@ def run(
     device: str | None = None,
     deadline: float = math.inf,
     report: Callable[["Training"], None] | None = None,
-    graph: bool = False,
+    graph: bool | None = None,
 ) -> Record | None:
     """Turns a spec into its record and saves it. A run that was cut goes on from its checkpoint.
 
@@ -59,8 +61,9 @@ def run(
             paths and checks, which cannot go on where they stopped, do not look at it.
         report: called with the training before each of its steps.
         graph: make the step of a training one CUDA graph, where it has one sequence of operations; on a CPU the same
-            step eagerly. It differs from the plain one by rounding. Off until `tests/test_graph_cuda.py` and
-            `tests/test_train_cuda.py` have passed on a GPU.
+            step eagerly. It differs from the plain one by rounding. None: as the environment variable SAMLIB_GRAPH
+            says, and not without it until `tests/test_graph_cuda.py` and `tests/test_train_cuda.py` have passed on a
+            GPU.
 
     Returns:
         The record; None for a training that the deadline cut.
@@ -92,7 +95,7 @@ def train(
     device: torch.device,
     deadline: float = math.inf,
     report: Callable[["Training"], None] | None = None,
-    graph: bool = False,
+    graph: bool | None = None,
 ) -> Record | None:
     """Trains a model, keeps its weights, and returns its record; None where the deadline came first."""
     checkpoint = store.checkpoint_path(specs_of.key(spec))
@@ -110,9 +113,9 @@ def train(
 def measure(spec: MeasureSpec, store: Store, device: torch.device) -> Record:
     """One measure of one trained model."""
     parent = parent_spec(store, spec)
-    started = time.perf_counter()
     splits = load_splits(parent, device)
     model = trained_model(parent, store, splits, device)
+    started = time.perf_counter()
     if model is None:  # its training diverged
         return _record(spec, "diverged", started, data_digest=splits.digest, device=device)
     inputs, labels = (tensor[: spec.images] for tensor in _tensors(getattr(splits, spec.split)))
@@ -162,9 +165,9 @@ MEASURES: dict[str, Callable[[WeightLoss, MeasureSpec], Measured]] = {
 def connect(spec: ConnectSpec, store: Store, device: torch.device) -> Record:
     """One path between two trained models: losses and errors along it, or losses on a grid of its plane."""
     runs = connected_runs(spec, store)
-    started = time.perf_counter()
     splits = load_splits(runs[0], device)
     ends = [trained_model(run, store, splits, device) for run in runs]
+    started = time.perf_counter()
     if None in ends:  # a training diverged
         return _record(spec, "diverged", started, data_digest=splits.digest, device=device)
     model, nodes = ends[0], path_nodes(spec, runs[0], ends, splits, device)
@@ -306,7 +309,8 @@ class Training:
     losses: list[Tensor] = field(default_factory=list)  # of the steps of this epoch
 
     @classmethod
-    def start(cls, spec: RunSpec, device: torch.device, graph: bool = False) -> "Training":
+    def start(cls, spec: RunSpec, device: torch.device, graph: bool | None = None) -> "Training":
+        graph = os.environ.get("SAMLIB_GRAPH") == "1" if graph is None else graph
         graph = graph and not (spec.optim.is_hybrid or spec.train.replay_dropout)  # they have no one sequence
         splits = load_splits(spec, device)
         model = build_model(spec, splits, device)
@@ -473,6 +477,7 @@ class Training:
             data_digest=self.splits.digest,
             images_per_second=images / self.seconds,
             device=self.device,
+            made={"graph": True} if self.graph else {},
         )
 
     def effective_perturbation(self) -> dict[str, float]:
@@ -816,12 +821,20 @@ def set_aside(path: Path, reason: str) -> None:
     print(f"{path}: {reason}. Moved to {path.replace(path.with_suffix('.aside'))} and made again.", file=sys.stderr)
 
 
-def _record(spec: Spec, status: str, started: float, *, device: torch.device, **content: Any) -> Record:
+def _record(
+    spec: Spec,
+    status: str,
+    started: float,
+    *,
+    device: torch.device,
+    made: Mapping[str, Any] = MappingProxyType({}),
+    **content: Any,
+) -> Record:
     return Record(
         key=specs_of.key(spec),
         spec=specs_of.canonical(spec),
         status=status,
-        environment=provenance.environment(device.type),
+        environment=provenance.environment(device.type) | made,
         wall_seconds=time.perf_counter() - started,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         **content,

@@ -242,6 +242,19 @@ def test_arguments_by_keyword_are_rounded_and_nothing_else_is():
         assert F.conv1d(x, w, bias=bias, padding=1).tolist() == [[[2.0, 3.0, 3.0, 2.0]]]
 
 
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+def test_a_result_may_be_changed_in_place(precision):
+    """As by the ReLU of torchvision's networks without batch norm."""
+    layer, x = torch.nn.Conv2d(2, 3, 3), torch.randn(4, 2, 5, 5)
+    grads = []
+    for inplace in (True, False):
+        with arithmetic(precision, torch.device("cpu")):
+            torch.nn.ReLU(inplace=inplace)(layer(x)).square().sum().backward()
+        grads.append(layer.weight.grad)
+        layer.weight.grad = None
+    assert torch.equal(*grads)
+
+
 def test_fp32_on_a_cpu_changes_no_bit():
     model, batch = models.small_cnn(1, 10), (torch.randn(8, 1, 8, 8), torch.arange(8) % 10)
     plain = F.cross_entropy(model(batch[0]), batch[1])

@@ -52,6 +52,24 @@ def test_run_then_nothing_is_pending(study, capsys):
     assert "7 runs on quick, 0 of them pending" in capsys.readouterr().out
 
 
+def test_a_variation_of_ones_own_has_its_own_keys(study, capsys):
+    chosen = ["--seeds", "5", "6", "--override", "train.epochs=1", "--override", "schedule=constant"]
+    assert cli.main(["run", "--workers", "1", "--device", "cpu", "--experiment", "sam_vs_sgd", *chosen]) == 0
+    store = cli.open_store("quick", "runs")
+    trained = [record.spec for record in store.records() if record.spec["kind"] == "train"]
+    assert {spec["seed"] for spec in trained} == {5, 6}
+    assert {(spec["train"]["epochs"], spec["optim"]["schedule"]) for spec in trained} == {(1, "constant")}
+    assert not {record.key for record in store.records()} & {specs_of.key(arm.specs[0]) for arm in ARMS[:2]}
+
+
+def test_a_graph_is_asked_for_by_name(study, monkeypatch):
+    monkeypatch.setenv("SAMLIB_GRAPH", "0")
+    assert cli.main(["run", "--workers", "1", "--device", "cpu", "--graph"]) == 0
+    store = cli.open_store("quick", "runs")
+    made = {record.spec["kind"]: record.environment.get("graph") for record in store.records()}
+    assert made == {"train": True, "measure": None, "check": None}
+
+
 def test_list_keys_names_every_run_with_its_status(ran, capsys):
     assert cli.main(["list", "--store", "runs", "--keys"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -122,6 +140,9 @@ def test_verdicts_as_text_and_as_json(ran, capsys):
         (["compare", "--profile", "fast"], ["profile", "fast"]),
         (["run", "--time-limit", "soon"], ["time-limit", "soon", "1h30m"]),
         (["run", "--time-limit", "9m", "--workers", "2"], ["workers", "2", "one process"]),
+        (["run", "--override", "epochs"], ["override", "epochs", "FIELD=VALUE"]),
+        (["run", "--override", "epoch=2"], ["epoch", "epochs"]),
+        (["run", "--seeds", "-1"], ["seed", "-1"]),
         (["run", "--known", "./nowhere"], ["known", "./nowhere"]),
         (["run", "--known", "results/gpu"], ["known", "results/gpu", "quick"]),
         (["run", "--with-weights"], ["with-weights", "--export"]),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from samlib import __main__ as cli
-from samlib import compare, data, experiments, sweep, train
+from samlib import compare, data, estimate, experiments, sweep, train
 from samlib import spec as specs_of
 from samlib.errors import InputError
 from samlib.experiments import Arm, Pair, path
@@ -235,7 +235,8 @@ def test_worker_processes_give_the_numbers_of_this_process(store, tmp_path):
     for spec in BEND.specs:
         one, two = (place.load(specs_of.key(spec)) for place in (store, pool))
         assert (one.measures, one.table) == (two.measures, two.table)
-    assert all(sweep.work(spec) > 0 for spec in (BEND.specs[0], other(shape="line").specs[0], other(grid=3).specs[0]))
+    paths = (BEND.specs[0], other(shape="line").specs[0], other(grid=3).specs[0])
+    assert all(estimate.modelled(spec, BEND.parents[0]) > 0 for spec in paths)
 
 
 def test_a_frame_has_a_row_and_a_table_for_each_member(store):
