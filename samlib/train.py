@@ -570,10 +570,14 @@ class Shards:
         self.spec, self.model, self.optimizer = spec, model, optimizer
         self.inputs, self.labels, self.mixed, self.in_place = in_layout(inputs), labels, mixed, in_place
         self.parts = [slice(0, len(labels))] if whole else self._split(len(labels))
-        self.closures = [partial(self.loss_and_gradient, part) for part in self.parts]
         sizes = [part.stop - part.start for part in self.parts]
         self.weights = None if len(set(sizes)) == 1 else [size / len(labels) for size in sizes]
         self._perturbed: list[Tensor] = []
+
+    @property
+    def closures(self) -> list[Callable[[], Tensor]]:
+        """Made when asked for: kept here they would keep the images alive until a garbage collection."""
+        return [partial(self.loss_and_gradient, part) for part in self.parts]
 
     def loss_and_gradient(self, part: slice) -> Tensor:
         """What every optimiser of samlib calls: clears the gradients, computes the loss, calls backward."""
@@ -595,8 +599,9 @@ class Shards:
         if self.in_place:
             self.optimizer.zero_grad(set_to_none=False)
             return
-        for parameter in self.model.parameters():  # zero_grad takes a tenth of a small network's step
-            parameter.grad = None
+        for group in self.optimizer.param_groups:  # zero_grad takes a tenth of a small network's step
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def arithmetic(self) -> AbstractContextManager:
         name, device = self.spec.train.precision, self.inputs.device

@@ -1,7 +1,9 @@
 """The training loop: against a plain loop written here, resumed at any epoch, and every choice of the spec felt."""
 
 import dataclasses
+import gc
 import math
+import weakref
 from itertools import islice
 
 import pytest
@@ -396,6 +398,20 @@ def test_statistics_per_batch_count_each_batch_once():
         make_steps(training, training.steps_per_epoch)
         counts[statistics] = int(training.model[1].num_batches_tracked)
     assert counts == {"shard": 12, "batch": 3}
+
+
+def test_no_step_leaves_its_images_behind():
+    """They would stay until a garbage collection."""
+    training = train.Training.start(change(num_shards=2), CPU)
+    shards = training.shards(*train._tensors(training.splits.train))
+    alive = weakref.ref(shards)
+    gc.disable()
+    try:
+        training.optimizer.step(shards.closures, weights=shards.weights)
+        del shards
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_evaluation_against_a_direct_computation(store):

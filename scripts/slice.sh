@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# A thin slice of the gpu profile through every station: run, kill, resume, export, import, notebook. Needs CIFAR-10
+# (SAMLIB_DATA), and a GPU or a quarter of an hour.
+#
+#     bash scripts/slice.sh FOLDER [cpu|cuda]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=$(mkdir -p "$1" && cd "$1" && pwd)
+device=${2:-cpu}
+python=.venv/bin/python
+overrides="{epochs: 2, data.train_size: 2000}"
+slice=(--profile gpu --experiment sam_vs_sgd --seeds 20 --override epochs=2 --override data.train_size=2000 --device "$device")
+
+echo "== an uninterrupted run"
+"$python" -m samlib run "${slice[@]}" --store "$folder/whole"
+
+echo "== one that is killed three times and goes on"
+often="from samlib import __main__, train; train.CHECKPOINT_SECONDS = 3; __main__.main()"
+for seconds in 20 30 40; do
+    timeout -s KILL "$seconds" "$python" -c "$often" run "${slice[@]}" --store "$folder/cut" --time-limit 10m || true
+    ls -l "$folder"/cut/gpu/checkpoints
+done
+"$python" -m samlib run "${slice[@]}" --store "$folder/cut" --export "$folder/export"
+
+echo "== the two have the same numbers"
+"$python" - "$folder" "$device" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from samlib.store import Store
+
+folder, device = sys.argv[1:]
+whole, cut = (Store(Path(folder) / name / "gpu") for name in ("whole", "cut"))
+assert whole.recorded() == cut.recorded() and whole.recorded()
+for one in whole.records():
+    other = cut.load(one.key)
+    exact = (one.history, one.final, one.measures) == (other.history, other.final, other.measures)
+    assert exact or device != "cpu", one.key  # a GPU adds in no fixed order
+    print(one.key, one.status, "the same" if exact else "another rounding")
+PYTHON
+
+echo "== the export, imported, makes the page"
+"$python" -m samlib import "$folder/export" --profile gpu --store "$folder/imported"
+"$python" notebooks/execute.py --profile gpu --store "$folder/imported" -p seeds "[20]" -p overrides "$overrides" \
+    --out "$folder/pages" 01_sam_vs_sgd
+echo "== done: $folder/pages/01_sam_vs_sgd.ipynb"
