@@ -31,7 +31,7 @@ def commit() -> dict[str, Any]:
     """The commit of the checkout samlib runs from and whether samlib differs from it; empty outside a checkout.
 
     Where the files travel without their history, as to a rented machine, SAMLIB_COMMIT names it: the output of
-    `git describe --always --abbrev=40 --dirty`, taken where the history is.
+    `git describe --always --abbrev=40 --dirty --exclude '*'`, taken where the history is.
     """
     if named := os.environ.get("SAMLIB_COMMIT"):
         return {"commit": named.removesuffix("-dirty"), "dirty": named.endswith("-dirty")}
