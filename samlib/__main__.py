@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from samlib import estimate, experiments, pack
+from samlib import estimate, experiments, pack, provenance
 from samlib import spec as specs_of
 from samlib.errors import InputError
 from samlib.experiments import Arm
@@ -65,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     run = command("run", run_pending, "Run what is pending.", "runs")
     run.add_argument("--experiment", action="append", metavar="STEM", help="only this experiment (may be repeated)")
     run.add_argument("--only", nargs="+", metavar="KEY", default=[], help="only these keys")
-    run.add_argument("--tuning", action="store_true", help="also the runs on which settings were chosen")
+    run.add_argument("--tuning", action="store_true", help="tuning runs too whose records are committed")
     run.add_argument("--workers", type=int, help="worker processes (default: one per core, one on a GPU)")
     run.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     run.add_argument("--graph", action="store_true", help="one CUDA graph per training step (not yet proven on a GPU)")
@@ -86,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--probe", action="store_true", help="first measure for a minute how fast this machine is")
     imported = bare_command("import", import_records, "Add what `run --export` packed to a store.")
     imported.add_argument("folder", type=Path, metavar="DIR")
+    imported.add_argument(
+        "--keep-old", action="store_true", help="leave runs as they are that have another result here"
+    )
     imported.add_argument("--profile", help="refuse the records of any other (default: that of the export)")
     imported.add_argument("--store", default="runs", help="results (for maintainers), runs, or a folder such as ./mine")
     command("show", show, "Print one record.", "results").add_argument("key", metavar="KEY")
@@ -134,6 +138,8 @@ def run_pending(options: argparse.Namespace) -> int:
     from samlib import sweep
 
     limit = estimate.duration(options.time_limit) if options.time_limit else math.inf
+    if limit < math.inf:  # schedulers and `timeout` send it: the checkpoint and the export are still written
+        signal.signal(signal.SIGTERM, interrupt)
     store = open_store(options.profile, options.store)
     known = [known_store(options.profile, name) for name in options.known]
     if options.probe or not options.dry_run:
@@ -224,6 +230,13 @@ def exported(
 
     store.check_writable()
     sweep.put_aside_unusable(store)
+    if provenance.commit().get("dirty") is not False:
+        print(
+            "samlib: these records cannot become committed ones (import --store results): samlib differs from its "
+            "commit, or has no history here. Then set SAMLIB_COMMIT to the output, at home, of "
+            "git describe --always --abbrev=40 --dirty --exclude '*'",
+            file=sys.stderr,
+        )
     pack.export(store, options.export, known)  # a folder that cannot be written is found out now
     packed = time.monotonic()
 
@@ -245,7 +258,9 @@ def import_records(options: argparse.Namespace) -> int:
     if options.profile not in (None, cargo.profile):
         raise InputError(f"profile = {options.profile!r}: {options.folder} holds records of {cargo.profile}")
     target = open_store(cargo.profile, options.store)
-    print(f"{target.folder}: {pack.merge(cargo, target)}")
+    print(f"{target.folder}: {pack.merge(cargo, target, keep_old=options.keep_old)}")
+    if target.writable:
+        print("Another machine makes these runs again unless it finds them in a store named with --known")
     return 0
 
 
@@ -339,6 +354,10 @@ def keep_json(path: str | None, record: dict) -> None:
 # ---------------------------------------------------------------------------------------------- what they share
 
 
+def interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def chosen_arms(
     profile: str,
     stems: Sequence[str] | None,
@@ -346,10 +365,16 @@ def chosen_arms(
     seeds: Sequence[int] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> list[tuple[str, Arm]]:
-    """The arms of a profile, or of some experiments, or a variation of them, with the name of the experiment."""
+    """The arms of a profile, or of some experiments, or a variation of them, with the name of the experiment; without
+    `tuning` no tuning arms whose committed records stand in for them."""
     stems = stems or experiments.STEMS
     found = [(stem, arm) for stem in stems for arm in experiments.arms(stem, profile, seeds, overrides)]
-    return [(stem, arm) for stem, arm in found if tuning or not arm.tuning]
+    committed = set(open_store(profile, "results").recorded())
+    return [(stem, arm) for stem, arm in found if tuning or not (arm.tuning and keys_of(arm) <= committed)]
+
+
+def keys_of(arm: Arm) -> set[str]:
+    return {specs_of.key(member) for member in arm.specs}
 
 
 def read_overrides(texts: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ joins. Nothing here needs torch, and no name in an archive is ever used as a pat
 import json
 import math
 import re
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -150,7 +151,13 @@ def read(folder: Path) -> Cargo:
     """
     found: Cargo | None = None
     for path, content in _archives(folder):
-        cargo = _cargo(path, content)
+        try:
+            cargo = _cargo(path, content)
+        except InputError as error:
+            if found is None or not path.name.startswith(ARCHIVES[1]):
+                raise
+            print(f"{error}\n  its checkpoints and weights are left; the records are whole", file=sys.stderr)
+            continue
         if found is None:
             found = cargo
         elif cargo.profile != found.profile:
@@ -167,15 +174,16 @@ def read(folder: Path) -> Cargo:
     return found
 
 
-def merge(cargo: Cargo, target: Store) -> Merged:
+def merge(cargo: Cargo, target: Store, keep_old: bool = False) -> Merged:
     """Adds what an export holds to a store: the committed records (records alone) or a working one. A checkpoint
-    replaces an older one, and goes when its run is finished.
+    replaces an older one, and goes when its run is finished. With `keep_old` a run that the store has, with another
+    result, stays as it is there.
 
     Raises:
         InputError: a record differs from the one that the store has under its key, or goes to the committed records and
             was made by a samlib that no commit holds; nothing has been written by then.
     """
-    new = [record for key, record in cargo.records.items() if _is_new(record, target, key)]
+    new = [record for key, record in cargo.records.items() if _is_new(record, target, key, keep_old)]
     if target.writable:
         target.check_writable()
     else:
@@ -252,14 +260,14 @@ def _record(content: bytes, path: Path, key: str) -> Record:
     return record
 
 
-def _is_new(record: Record, target: Store, key: str) -> bool:
+def _is_new(record: Record, target: Store, key: str, keep_old: bool) -> bool:
     there = target.load(key)
     if there is None or not there.usable:
         return True
-    if there != record:
+    if there != record and not keep_old:
         raise InputError(
             f"record {key} of the import differs from {target.record_path(key)}, finished {there.finished}: "
-            "one run has two results; move one of them away"
+            "one run has two results; move one of them away, or --keep-old keeps those that are there"
         )
     return False
 

@@ -29,8 +29,11 @@ def probe(specs: Sequence[Spec], store: Store, device: str | None = None, second
         InputError: a spec asks for what this machine does not have.
     """
     chosen, ends = train.choose_device(device), time.monotonic() + seconds
-    settings = {setting(spec): spec for spec in reversed(specs) if isinstance(spec, RunSpec)}
-    waiting = list(reversed(settings.values()))
+    settings: dict[str, RunSpec] = {}
+    for spec in specs:
+        if isinstance(spec, RunSpec):
+            settings.setdefault(setting(spec), spec)
+    waiting = list(settings.values())
     while waiting:
         spec = waiting.pop(0)
         left = ends - time.monotonic()

@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 
-@lru_cache(maxsize=4)
 def environment(device: str) -> dict[str, Any]:
     """The part of a record that may differ between two machines whose numbers agree."""
+    import torch
+
+    return _machine(device) | {"threads": torch.get_num_threads()}
+
+
+@lru_cache(maxsize=4)
+def _machine(device: str) -> dict[str, Any]:
     import torch
 
     return {
@@ -22,7 +28,6 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
         **commit(),
     }
 

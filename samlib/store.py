@@ -165,16 +165,16 @@ class Store:
         write_text(self.probe_path, json.dumps(found, indent=1) + "\n")
 
     def adopt(self, key: str, known: Sequence["Store"]) -> None:
-        """Takes over the record of a finished run, and its weights if they are there, from the first store that has it;
-        a run that this store has itself stays as it is."""
+        """Takes over the record of a finished run from the first store that has it, and its weights from the first that
+        has them; a run that this store has itself stays as it is."""
         if finished(self, key):
             return
-        for place in known:
-            if finished(place, key):
-                self.save(place.load(key))
-                if place.weights_path(key).exists() and not self.weights_path(key).exists():
-                    write_bytes(self.weights_path(key), place.weights_path(key).read_bytes())
-                return
+        holders = [place for place in known if finished(place, key)]
+        for place in holders[:1]:
+            self.save(place.load(key))
+        trained = [place.weights_path(key) for place in holders if place.load(key) == holders[0].load(key)]
+        for path in [path for path in trained if path.exists() and not self.weights_path(key).exists()][:1]:
+            write_bytes(self.weights_path(key), path.read_bytes())
 
     def load(self, key: str) -> Record | None:
         """The record of a key; None where there is none.

@@ -35,7 +35,7 @@ Measured = tuple[dict[str, float], dict[str, list[float]]]  # values, and column
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints of a run
 MEASURE_BATCH = 1000  # images whose graph is held at a time; changes no number in eval mode
 SPLITS = ("train", "validation", "test")
-RESUMED = ("epoch", "step", "seconds", "history", "epoch_order", "losses")
+RESUMED = ("epoch", "step", "seconds", "history", "epoch_order", "losses", "skipped")
 CHECKPOINT = {*RESUMED, "numerics", "model", "optimizer", "random", "cuda_random", "draws"}
 ACTING = ("norm_ratio", "cosine", "unmoved_fraction")  # of the perturbation, at the precision of a run
 
@@ -307,6 +307,7 @@ class Training:
     status: str = "running"
     history: list[dict[str, float]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)  # of the steps of this epoch
+    skipped: int = 0  # steps before this epoch that were skipped for a gradient that was not finite
 
     @classmethod
     def start(cls, spec: RunSpec, device: torch.device, graph: bool | None = None) -> "Training":
@@ -400,8 +401,11 @@ class Training:
         """After the last step of an epoch, or of a training that ends within one."""
         self.epoch += 1
         self.epoch_order = self.order.get_state()
-        running_loss = torch.stack(self.losses).mean().item()
-        self.losses = []
+        running_loss, made = torch.stack(self.losses).mean().item(), len(self.losses)
+        skipped = getattr(self.optimizer, "skipped_steps", 0)
+        if skipped - self.skipped == made:  # nothing moves any more
+            running_loss = math.nan
+        self.losses, self.skipped = [], skipped
         self.log(running_loss)
 
     def as_graph(self, chosen: Tensor) -> GraphedStep:
@@ -450,6 +454,8 @@ class Training:
             return
         row = {"epoch": self.epoch, "step": self.step, "lr": float(self.optimizer.param_groups[0]["lr"])}
         row["running_loss"] = running_loss
+        if self.spec.train.precision == "fp16":
+            row["skipped_steps"] = self.skipped
         if self.spec.train.precision != "fp32" and self.spec.optim.method in ("sam", "asam"):
             acting = self.effective_perturbation() if self.status != "diverged" else {}
             row |= {f"perturbation_{name}": acting.get(name, math.nan) for name in ACTING}
@@ -537,6 +543,7 @@ class Training:
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
         for name in RESUMED:
             setattr(self, name, state[name])
+        self.losses = [loss.to(self.device) for loss in self.losses]  # a checkpoint is read on the CPU
 
 
 # ---------------------------------------------------------------------------------------------- the closures of a step

@@ -15,10 +15,26 @@ echo "== an uninterrupted run"
 "$python" -m samlib run "${slice[@]}" --store "$folder/whole"
 
 echo "== one that is killed three times and goes on"
-often="from samlib import __main__, train; train.CHECKPOINT_SECONDS = 3; __main__.main()"
-for seconds in 20 30 40; do
-    timeout -s KILL "$seconds" "$python" -c "$often" run "${slice[@]}" --store "$folder/cut" --time-limit 10m || true
-    ls -l "$folder"/cut/gpu/checkpoints
+# A checkpoint after every step, and a kill once there is one of a further step.
+killed="
+import os, signal
+from samlib import __main__, train
+train.CHECKPOINT_SECONDS = 0.0
+save, begun = train.Training.save, []
+def saved(self, path):
+    save(self, path)
+    begun.append(self.step)
+    if len(begun) == 7:
+        print(f'killed at step {self.step}', flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+train.Training.save = saved
+__main__.main()"
+for _ in 1 2 3; do
+    if "$python" -c "$killed" run "${slice[@]}" --store "$folder/cut" --time-limit 10m; then
+        echo "nothing was killed" >&2
+        exit 1
+    fi
+    ls -l "$folder"/cut/gpu/checkpoints/*.pt
 done
 "$python" -m samlib run "${slice[@]}" --store "$folder/cut" --export "$folder/export"
 
@@ -35,7 +51,9 @@ assert whole.recorded() == cut.recorded() and whole.recorded()
 for one in whole.records():
     other = cut.load(one.key)
     exact = (one.history, one.final, one.measures) == (other.history, other.final, other.measures)
-    assert exact or device != "cpu", one.key  # a GPU adds in no fixed order
+    losses = zip(one.history["running_loss"], other.history["running_loss"], strict=True)
+    near = device != "cpu" and all(abs(a - b) < 0.02 * a for a, b in losses)  # a GPU adds in no fixed order
+    assert exact or near, one.key
     print(one.key, one.status, "the same" if exact else "another rounding")
 PYTHON
 

@@ -62,6 +62,16 @@ def test_a_variation_of_ones_own_has_its_own_keys(study, capsys):
     assert not {record.key for record in store.records()} & {specs_of.key(arm.specs[0]) for arm in ARMS[:2]}
 
 
+def test_tuning_runs_come_along_unless_their_records_are_committed(monkeypatch, tmp_path):
+    def of_tuning(tuning):
+        return {arm.cell for _, arm in cli.chosen_arms("quick", None, tuning) if arm.tuning}
+
+    assert of_tuning(False) == set()
+    assert of_tuning(True)
+    monkeypatch.setenv("SAMLIB_ROOT", str(tmp_path))
+    assert of_tuning(False) == of_tuning(True)
+
+
 def test_a_graph_is_asked_for_by_name(study, monkeypatch):
     monkeypatch.setenv("SAMLIB_GRAPH", "0")
     assert cli.main(["run", "--workers", "1", "--device", "cpu", "--graph"]) == 0

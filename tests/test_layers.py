@@ -82,7 +82,7 @@ MAY_IMPORT = {
         "two_products",
     },
     "__main__": RECORDS
-    | {"bench", "claims", "compare", "estimate", "export", "pack", "probe", "sweep", "verify", "torch"},
+    | {"bench", "claims", "compare", "estimate", "export", "pack", "probe", "provenance", "sweep", "verify", "torch"},
     "__init__": set(),
 }
 STANDARD_LIBRARY = __import__("sys").stdlib_module_names

@@ -289,7 +289,7 @@ def changed(a: RunSpec, b: RunSpec) -> set[str]:
         (
             "optimizer_table",
             ("table",),
-            {"train.epochs", "train.drop_last", "train.eval_every", "train.eval_train_every"},
+            {"train.epochs", "train.drop_last", "train.eval_every", "train.eval_train_every", "train.precision"},
         ),
     ],
 )
@@ -306,7 +306,7 @@ def test_gpu_differs_from_paper_in_nothing_else(stem, cells, fields):
 def test_controls_of_precision_differ_in_precision_alone():
     for stem, cell, control in (
         ("sam_vs_sgd", "plain", "plain, tf32"),
-        ("optimizer_table", "table", "table, fp32"),
+        ("optimizer_table", "table", "table, tf32"),
     ):
         arms = {(arm.cell, arm.role): arm for arm in experiments.arms(stem, "gpu")}
         controls = {role: arm for (at, role), arm in arms.items() if at == control}
@@ -437,8 +437,6 @@ def minutes(arms) -> float:
 
 
 SHARE = {"01 to 03": 50, "05 to 10": 50}
-# Runs of a network that leaves most of the device idle go side by side: 2 to 4 times the images of one.
-GOAL, BEST = 2, 4
 COLDENHOFF_ARMS = [arm for stem in STEMS[:3] for arm in experiments.arms(stem, "gpu")]
 AT_TUNED_RADII = [  # declared once their radii have been chosen: at any others
     replace(arm, base=specs_of.override(arm.base, {"rho": 7 * arm.base.optim.rho}), seeds=arm.seeds[:5])
@@ -459,13 +457,11 @@ def test_minutes_of_single_runs():
 
 
 def test_what_has_to_be_run_first_fits_its_share():
-    """Batch 128 and the choice of radii for C, if two runs go side by side; all of C too if four do. Batch 64 and 16
-    wait for more minutes."""
-    plain = [arm for arm in COLDENHOFF_ARMS if arm.priority <= cifar.CHOICE_OF_RHO]
-    first = [arm for arm in COLDENHOFF_ARMS if arm.priority <= cifar.WITH_NORM]
-    assert minutes(plain) / GOAL <= SHARE["01 to 03"]
-    assert minutes([*first, *AT_TUNED_RADII]) / BEST <= SHARE["01 to 03"]
-    assert minutes(COLDENHOFF_ARMS) / BEST > SHARE["01 to 03"]  # and the order is of use
+    """Batch 128 and the choice of radii for C. The rest waits for more minutes, or for a GPU that is faster than this
+    estimate."""
+    first = [arm for arm in COLDENHOFF_ARMS if arm.priority <= cifar.CHOICE_OF_RHO]
+    assert minutes(first) <= SHARE["01 to 03"]
+    assert minutes(COLDENHOFF_ARMS) > SHARE["01 to 03"]  # and the order is of use
 
 
 def test_the_table_fits_its_share():

@@ -11,6 +11,18 @@ def test_the_commit_may_be_named_where_the_history_did_not_travel(monkeypatch, n
     assert provenance.commit() == {"commit": "a" * 40, "dirty": dirty}
 
 
+def test_the_threads_are_those_in_force():
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert provenance.environment("cpu")["threads"] == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_without_a_name_it_is_that_of_the_checkout(monkeypatch):
     monkeypatch.delenv("SAMLIB_COMMIT", raising=False)
     found = provenance.commit()

@@ -400,6 +400,24 @@ def test_statistics_per_batch_count_each_batch_once():
     assert counts == {"shard": 12, "batch": 3}
 
 
+def test_what_a_checkpoint_holds_of_an_epoch_goes_to_the_device_of_the_run(tmp_path):
+    """A checkpoint is read on the CPU; the losses of the further steps are on the device. `meta` stands for a GPU."""
+    training, path = train.Training.start(TINY, CPU), tmp_path / "cut"
+    make_steps(training, 2)
+    training.save(path)
+    again = train.Training.start(TINY, CPU)
+    again.device = torch.device("meta")
+    again.resume(path)
+    assert [loss.device.type for loss in again.losses] == ["meta", "meta"]
+
+
+def test_a_run_of_which_an_epoch_skips_every_step_has_diverged(store):
+    spec = change(precision="fp16", loss_scale=2.0**60)
+    record = train.run(spec, store, "cpu")
+    assert (record.status, record.history["skipped_steps"]) == ("diverged", [3])
+    assert train.run(change(spec, loss_scale=8.0), store, "cpu").history["skipped_steps"] == [0, 0, 0]
+
+
 def test_no_step_leaves_its_images_behind():
     """They would stay until a garbage collection."""
     training = train.Training.start(change(num_shards=2), CPU)

@@ -8,8 +8,8 @@ batch of an epoch is used; it is left out, but for boca2023, whose 78,200 update
 Gpu: what fits the minutes on one H200. A verdict needs a precision in which the perturbation that acts has a cosine of
 0.95 or more with the one intended. bf16 leaves 0.56 at rho 0.05. In TF32 a ResNet-18 and a ResNet-20 a few steps old
 had 0.97 or more, but the networks here, 20 steps old, on real images and with TF32 emulated on a CPU, had 0.93
-(ResNet-18 with the stem for ImageNet) and 0.91 (MobileNetV2). So coldenhoff2022 runs in fp32, with SAM in TF32 beside
-it, and boca2023 in TF32, as its code does, with two rows in fp32 beside.
+(ResNet-18 with the stem for ImageNet) and 0.91 (MobileNetV2). So fp32 decides, with some rows in TF32 beside it, which
+is what boca2023's code took and PyTorch's convolutions take by default.
 Paper: fp32, where a paper does not say otherwise.
 """
 
@@ -24,7 +24,8 @@ SEEDS = tuple(range(5))
 # first, batch 64, batch 16, what stands beside them for information, then the table of boca2023. By the conservative
 # estimate (tests/test_profiles.py does the arithmetic) one run at a time takes 31 minutes for A, 16 for the choice, 73
 # and 36 for C at published and at chosen radii, 22 for C with batch norm, 36, 43 and 20 for the next three: 277 for the
-# 50 that they have. Two runs side by side bring A and the choice to 24, four bring A and C to 44.
+# 50 that they have, which hold A and the choice. Each ResNet-18 leaves most of the device idle; runs side by side, in
+# processes or as graphs on streams, have not been tried on a GPU.
 PLAIN_FIRST, CHOICE_OF_RHO, WITHOUT_NORM, WITH_NORM, BATCH_64, BATCH_16, BESIDE, TABLE, TABLE_BESIDE = range(1, 10)
 
 # ---------------------------------------------------------------------------------------------- coldenhoff2022
