@@ -32,6 +32,7 @@ COLUMNS = {
     "validation_accuracy_pct": "accuracy on the validation images, clean labels [%]",
     "test_loss": "mean cross entropy of the test images [nat]",
     "test_accuracy_pct": "accuracy on the test images [%]",
+    "skipped_steps": "fp16: steps so far that were skipped, because a gradient was not finite",
     # what acts of the perturbation, round(w + eps) - round(w), at the weights the run ended with
     "perturbation_norm_ratio": "norm of the perturbation that acts at the run's precision, over that of eps",
     "perturbation_cosine": "cosine between the perturbation that acts and eps; 0 if nothing acts",
