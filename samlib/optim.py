@@ -28,8 +28,9 @@ operations independent of the number of tensors, `samlib.shards.Shards` runs the
 a whole step can be captured in one `torch.cuda.CUDAGraph`, after two or more steps of warm-up, with a fused base
 optimiser (Adam's also `capturable`), `ascent_every=1`, without `second_order` or a GradScaler; for AverageSAM its
 `generator` has to be registered with the graph. `samlib.graph` does this.
-`torch.compile(opt.first_step, fullgraph=True)` and the same of `second_step` work from the second step on (with `flat`,
-clear gradients by `zero_grad(set_to_none=False)`; hooks of the base optimiser are not called).
+With torch 2.15 (2.11 cannot; those between were not tried) `torch.compile(opt.first_step, fullgraph=True)` and the same
+of `second_step` work from the second step on (with `flat`, clear gradients by `zero_grad(set_to_none=False)`; hooks of
+the base optimiser are not called).
 """
 
 import inspect
@@ -805,7 +806,7 @@ class SAM(Optimizer):
         self._layout = _Layout.of(self._layout.groups, self._layout.parameters)
 
     def _ascends(self) -> bool:
-        return self._now.steps % self.ascent_every == 0 and bool(self._perturbable(self._layout.members))
+        return self._now.steps % self.ascent_every == 0 and len(self._perturbable(self._layout.members)) > 0
 
     def _params(self) -> list[Tensor]:
         return [w for group in self.param_groups for w in group["params"]]

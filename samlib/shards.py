@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim import Optimizer
+from torch.torch_version import TorchVersion
 
 from samlib.batchnorm import second_pass
 from samlib.errors import InputError
@@ -30,6 +31,7 @@ LossFunction = Callable[[Any, Tensor], Tensor]
 # of 0.28 M the vectorised passes win from 8 shards on; for an MLP of 1.3 M they lose at all three, since they write and
 # read a copy of all weights and gradients per shard. Not yet measured on a GPU.
 MIN_SHARDS = 8
+COMPILES_AUTOGRAD = (2, 15)  # the first torch with which the compiled passes were tried and work; 2.11 does not
 MAX_PARAMETERS = 500_000
 
 
@@ -396,7 +398,7 @@ def _obstacle(opt: Optimizer, model: nn.Module, sizes: Sequence[int]) -> str | N
 
 
 def _obstacle_to_compile() -> str | None:
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+    if hasattr(torch._dynamo.config, "trace_autograd_ops") and TorchVersion(torch.__version__) >= COMPILES_AUTOGRAD:
         return None
     return f"torch {torch.__version__} cannot compile a call of autograd: take a later one, leave compile out"
 
