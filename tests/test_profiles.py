@@ -403,11 +403,11 @@ def test_a_column_of_the_table_is_complete_before_the_next_one_begins():
     assert seeds == sorted(seeds)
 
 
-# The conservative column of shared/performance.md, section 2: 3.5 us a kernel, 60 % of 4.3 TB/s. Its ResNet-18 has the
-# stem for CIFAR; with that for ImageNet a step of 128 images has a fifteenth of the products and is bound by its number
-# of kernels, counted by dispatch: 225 forward and backward, 125 without batch norm. The bookkeeping of a step moves 20
-# bytes a parameter for SGD and 68 for SAM. MobileNetV2 stands in the column: 2.63 s an epoch for SAM, half for SGD.
-# In fp32, 35 % of 67 TFLOP/s may hold it up instead.
+# A conservative estimate for one H200, on which nothing has been measured yet: 3.5 us a kernel, 60 % of 4.3 TB/s. A
+# step of 128 images of the ResNet-18 with the stem for ImageNet is bound by its number of kernels, counted by dispatch:
+# 225 forward and backward, 125 without batch norm. The bookkeeping of a step moves 20 bytes a parameter for SGD and 68
+# for SAM. MobileNetV2, bound by memory, is estimated at 2.63 s an epoch for SAM, and half for SGD. In fp32, 35 % of 67
+# TFLOP/s may hold it up instead.
 KERNEL, BANDWIDTH, PARAMETERS = 3.5e-6, 0.6 * 4.3e12, 11.7e6
 RESNET_FLOP, FP32_FLOPS = 0.22e9, 0.35 * 67e12
 KERNELS = {"batch": 225, "none": 125}
