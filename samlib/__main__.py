@@ -82,7 +82,13 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--known", nargs="+", metavar="DIR", default=[], help="do not run what these stores have")
     run.add_argument("--export", type=Path, metavar="DIR", help="pack what is finished, and not known, into few files")
     run.add_argument("--with-checkpoints", action="store_true", help="export the runs in progress too")
-    run.add_argument("--with-weights", action="store_true", help="export the weights of finished runs too")
+    run.add_argument(
+        "--with-weights",
+        nargs="?",
+        const="full",
+        choices=pack.WEIGHTS,
+        help="export the weights of finished runs too; half: rounded to half precision, which takes half the room",
+    )
     run.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     run.add_argument("--probe", action="store_true", help="first measure for a minute how fast this machine is")
     imported = bare_command("import", import_records, "Add what `run --export` packed to a store.")
@@ -219,8 +225,8 @@ def measure_speed(specs: Sequence[Spec], store: Store, known: Sequence[Store], d
 def exported(
     store: Store, known: Sequence[Store], options: argparse.Namespace
 ) -> Iterator[Callable[[Record], None] | None]:
-    """Packs what is finished, if that is asked for: the records now and then, by the function that is handed out, and
-    all of it in the end, come it early or not."""
+    """Packs what is finished, if that is asked for: now and then, by the function that is handed out, for a tenth of
+    the time at most, and in the end, come it early or not."""
     if options.export is None:
         if options.with_checkpoints or options.with_weights:
             raise InputError("with-checkpoints and with-weights say what is packed: name a folder with --export too")
@@ -237,19 +243,25 @@ def exported(
             "git describe --always --abbrev=40 --dirty --exclude '*'",
             file=sys.stderr,
         )
-    pack.export(store, options.export, known)  # a folder that cannot be written is found out now
-    packed = time.monotonic()
+    wanted = {"checkpoints": options.with_checkpoints, "weights": options.with_weights}
+    pack.export(store, options.export, known, **wanted)  # a folder that cannot be written is found out now
+    packed, pause = time.monotonic(), EXPORT_SECONDS
 
     def refresh(_: Record) -> None:
-        nonlocal packed
-        if time.monotonic() - packed > EXPORT_SECONDS:
-            pack.export(store, options.export, known)
-            packed = time.monotonic()
+        nonlocal packed, pause
+        began = time.monotonic()
+        if began - packed <= pause:
+            return
+        try:
+            pack.export(store, options.export, known, **wanted)
+        except InputError as error:  # the sweep is worth more than one export; the last one has to succeed
+            print(f"samlib: {error}", file=sys.stderr)
+        packed = time.monotonic()
+        pause = EXPORT_SECONDS * max(1.0, packed - began)
 
     try:
         yield refresh
     finally:
-        wanted = {"checkpoints": options.with_checkpoints, "weights": options.with_weights}
         print(f"{options.export}: {pack.export(store, options.export, known, **wanted)}")
 
 
@@ -318,6 +330,8 @@ def publish_records(options: argparse.Namespace) -> int:
     reported = {specs_of.key(spec) for spec in experiments.all_specs(options.profile)}
     count = publish(specs, source, target, kept={specs_of.key(spec) for spec in specs} - reported)
     print(f"{count} records in {target.folder / 'records'}: look at them, run `make refresh`, and commit both")
+    if half := sum(record.of_half_weights for record in target.records()):
+        print(f"{half} of them were measured on weights in half precision, as their column half_weights says")
     return 0
 
 

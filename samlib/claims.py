@@ -85,7 +85,9 @@ def judge(claim_id: str, profile: str, store: Store, arms: Sequence[Arm], *, var
     frame = store.frame([arm for arm in arms if arm.cell in cells])
     outcome, parts, notes = RULES[claim_id](frame, miniature)
     met = {REPRODUCED: claim.reproduced_if, NOT_REPRODUCED: claim.not_reproduced_if}.get(outcome, "")
-    reason = "; ".join(filter(None, (met, notes)))
+    half = int(frame["half_weights"].sum()) if "half_weights" in frame else 0
+    rounded = f"{half} measures of these runs were taken of weights rounded to half precision" if half else ""
+    reason = "; ".join(filter(None, (met, notes, rounded)))
     marked = miniature and outcome != NOT_RUN
     return Verdict(claim_id, outcome, parts, claim.published, digest, marked, profile, reason, varied)
 

@@ -28,6 +28,7 @@ FLOORS = {
     "test_loss_barrier": 0.02,
     "test_error_barrier_pct": 0.5,
 }
+TRAINED = ("test_accuracy_pct", "test_loss")  # compared of a training; the other metrics of its arm are measures
 CHECK_FLOOR = 1e-6  # of the values of exact checks
 OK, FAILURE, FLIP = 0, 1, 3  # exit codes
 
@@ -45,6 +46,7 @@ class Setting:
     fresh: float
     tolerance: float
     decisive: bool = True
+    half_weights: int = 0  # measures of the arm, in both stores together, that were taken of half-precision weights
 
     @property
     def agrees(self) -> bool:
@@ -54,6 +56,7 @@ class Setting:
         return (
             f"{self.stem} / {self.cell} / {self.role}: {self.metric} {self.committed:.6g} committed, {self.fresh:.6g} "
             f"now (difference {self.fresh - self.committed:+.3g}, tolerance {self.tolerance:.3g}, n = {self.n})"
+            + (f"; {self.half_weights} measures here were taken of half-precision weights" if self.half_weights else "")
         )
 
 
@@ -109,12 +112,14 @@ def compare_arm(stem: str, arm: Arm, committed: Store, fresh: Store) -> Iterator
     before, now = committed.frame([arm]), fresh.frame([arm])
     if not (before["status"] == "done").any():
         return
+    half = sum(int(frame["half_weights"].sum()) for frame in (before, now) if "half_weights" in frame)
     for metric in compared_metrics(arm):
         old, new = (frame.set_index("seed")[metric].dropna().astype(float) for frame in (before, now))
         tolerance = STANDARD_ERRORS * _standard_error(old) + FLOORS.get(metric.split("@")[0], CHECK_FLOOR)
         mean = float(new.mean()) if set(old.index) == set(new.index) else math.nan
         name = (stem, arm.cell, arm.role, metric)
-        yield Setting(*name, len(old), float(old.mean()), mean, tolerance, decisive=not arm.tuning)
+        measures = half if metric not in TRAINED else 0
+        yield Setting(*name, len(old), float(old.mean()), mean, tolerance, not arm.tuning, measures)
 
 
 def not_run(arm: Arm, store: Store) -> bool:
@@ -127,7 +132,7 @@ def compared_metrics(arm: Arm) -> Sequence[str]:
         return CHECKS[arm.base.check]
     if isinstance(arm.base, ConnectSpec):  # a plane of one seed is a picture
         return () if arm.base.path.grid else arm.base.values
-    return ["test_accuracy_pct", "test_loss", *(measure.column for measure in arm.measures)]
+    return [*TRAINED, *(measure.column for measure in arm.measures)]
 
 
 def _standard_error(values: pd.Series) -> float:

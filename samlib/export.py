@@ -21,6 +21,8 @@ COLUMNS = {
     "key": "hash of the spec; the record is records/<key>.json",
     "status": "done, diverged (loss or weights not finite), failed, stale (made by older code) or missing",
     "wall_seconds": "time of the run, on the machine that the record names [s]",
+    "half_weights": "how many of the measures in the row, or whether the path (1), were taken of weights that had been "
+    "rounded to half precision to be carried from one machine to another",
     # what is evaluated during training
     "epoch": "passes over the training images so far",
     "step": "updates of the weights so far",

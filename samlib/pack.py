@@ -1,10 +1,12 @@
 """Carries finished work from one machine to another in a few plain files.
 
 DIR/records.zip    about.json (with what probes found) and records/<key>.json
-DIR/tensors.zip    about.json, checkpoints/<key>.pt and weights/<key>.pt, where they were asked for
+DIR/tensors.zip    about.json, weights/<key>.pt or weights/<key>.half.pt, and checkpoints/<key>.pt, if asked for
 
-An archive that outgrows a file is cut into volumes (`tensors.zip.001`, ...), which `cat tensors.zip.* > tensors.zip`
-joins. Nothing here needs torch, and no name in an archive is ever used as a path.
+What was finished comes first: records, then weights, then the checkpoints of runs in progress, for as long as there is
+room. An archive that outgrows a file is cut into volumes (`tensors.zip.001`, ...), which `cat tensors.zip.* >
+tensors.zip` joins. Nothing here needs torch but rounding weights to half precision, and no name in an archive is ever
+used as a path.
 """
 
 import json
@@ -29,7 +31,9 @@ VOLUME_BYTES = 15 << 20  # of one file; what carries them may take 16 MiB and no
 TOTAL_BYTES = 60 << 20  # of all files together, which are then six at most
 ENTRY_BYTES = 200  # at most: what a zip archive adds to each member
 ARCHIVES = ("records.zip", "tensors.zip")
-MEMBER = re.compile(r"(records|checkpoints|weights)/([0-9a-f]{16})\.(json|pt)")
+WEIGHTS = ("full", "half")  # precision
+KEY = "[0-9a-f]{16}"
+MEMBER = re.compile(rf"records/{KEY}\.json|checkpoints/{KEY}\.pt|weights/{KEY}(?:\.half)?\.pt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,58 +79,127 @@ class Merged:
 # ---------------------------------------------------------------------------------------------- export
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file that is to be packed under a name; with `halve` its weights in half precision."""
+
+    name: str
+    path: Path
+    halve: bool = False
+
+    def content(self, room: int) -> bytes | None:
+        """What is packed; None if that is more than so many bytes.
+
+        Raises:
+            ValueError: it cannot be rounded, being no file of weights.
+        """
+        if self.path.stat().st_size / (2 if self.halve else 1) > room:
+            return None
+        content = self.path.read_bytes()
+        if self.halve:
+            from samlib import half
+
+            try:
+                content = half.halved(content)
+            except Exception as error:  # a broken pickle can raise anything
+                raise ValueError(f"{self.path} cannot be read ({type(error).__name__}) and is left out") from None
+        return content if len(content) <= room else None
+
+
 def export(
-    source: Store, folder: Path, known: Sequence[Store] = (), *, checkpoints: bool = False, weights: bool = False
+    source: Store,
+    folder: Path,
+    known: Sequence[Store] = (),
+    *,
+    checkpoints: bool = False,
+    weights: str | None = None,
 ) -> Packed:
-    """Packs the finished records of `source` that are in none of the stores `known`; on request also the checkpoints of
-    runs in progress and the weights of finished ones, the newest first, as far as there is room.
+    """Packs the finished records of `source` that are in none of the stores `known`; on request also the weights of
+    finished runs and the checkpoints of runs in progress that are not there either, as far as there is room: weights
+    first, since one file of them is worth a whole run, and of each kind the newest first.
 
     Each file is replaced as a whole, so that an export cut at any moment leaves the records of the one before.
+
+    Args:
+        weights: 'full', or 'half' for weights rounded to float16 (`samlib.half`), which take half the room; a run of
+            which there are only rounded weights is packed with these.
 
     Raises:
         InputError: the folder cannot be written.
     """
+    if weights not in (None, *WEIGHTS):
+        raise InputError(f"weights = {weights!r} is unknown: use {' or '.join(WEIGHTS)}")
     keys = [key for key in source.recorded() if finished(source, key) and not any(finished(s, key) for s in known)]
-    records = ((f"records/{key}.json", source.record_path(key)) for key in keys)
-    files = [*(_newest(source, "checkpoints") if checkpoints else ()), *(_newest(source, "weights") if weights else ())]
+    records = [Member(f"records/{key}.json", source.record_path(key)) for key in keys]
+    tensors = [
+        *(_newest_first(_weights(source, known, weights)) if weights else ()),
+        *(_newest_first(_checkpoints(source, known)) if checkpoints else ()),
+    ]
     about = {"format": FORMAT, "profile": source.folder.name, "probes": source.probes()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        archive, unpacked = _archive(about, records, TOTAL_BYTES, zipfile.ZIP_DEFLATED)
+        archive, packed, left_out = _archive(about, records, TOTAL_BYTES, zipfile.ZIP_DEFLATED)
         _write(folder, ARCHIVES[0], archive)
-        left_out = list(unpacked)
+        number = len(packed)
         if checkpoints or weights:
-            about["saved"] = {name: path.stat().st_mtime_ns for name, path in files}
-            archive, unpacked = _archive(about, files, TOTAL_BYTES - len(archive), zipfile.ZIP_STORED)
+            about["saved"] = {member.name: _saved(member.path) for member in tensors}
+            archive, *more = _archive(about, tensors, TOTAL_BYTES - len(archive), zipfile.ZIP_STORED)
             _write(folder, ARCHIVES[1], archive)
-            left_out += unpacked
+            packed, left_out = packed + more[0], left_out + more[1]
     except OSError as error:
         raise InputError(
             f"export = {str(folder)!r} cannot be written ({error.strerror}): name another folder"
         ) from None
-    lost = sum(name.startswith("records/") for name in left_out)
-    return Packed(len(keys) - lost, len(files) - (len(left_out) - lost), tuple(left_out))
+    return Packed(number, len(packed) - number, tuple(left_out))
 
 
-def _newest(source: Store, kind: str) -> list[tuple[str, Path]]:
-    paths = sorted((source.folder / kind).glob("*.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return [(name, path) for path in paths if MEMBER.fullmatch(name := f"{kind}/{path.name}")]
+def _weights(source: Store, known: Sequence[Store], precision: str) -> Iterator[Member]:
+    """The weights of each run, unless a known store has them as exactly."""
+    for key in source.trained():
+        path = source.trained_path(key)
+        exact = path == source.weights_path(key)
+        if precision == "full" and exact:
+            name, there = f"weights/{key}.pt", [place.weights_path(key).exists() for place in known]
+        else:
+            name, there = f"weights/{key}.half.pt", [place.trained_path(key) is not None for place in known]
+        if path is not None and MEMBER.fullmatch(name) and not any(there):
+            yield Member(name, path, halve=exact and precision == "half")
+
+
+def _checkpoints(source: Store, known: Sequence[Store]) -> Iterator[Member]:
+    """The checkpoint of each run in progress, unless a known store has one that is as young."""
+    for path in (source.folder / "checkpoints").glob("*.pt"):
+        there = [_saved(place.checkpoint_path(path.stem)) for place in known]
+        if MEMBER.fullmatch(name := f"checkpoints/{path.name}") and max(there, default=0) < _saved(path):
+            yield Member(name, path)
+
+
+def _newest_first(members: Iterable[Member]) -> list[Member]:
+    return sorted(members, key=lambda member: _saved(member.path), reverse=True)
 
 
 def _archive(
-    about: dict[str, Any], members: Iterable[tuple[str, Path]], room: int, compression: int
-) -> tuple[bytes, list[str]]:
-    """A zip archive of at most `room` bytes, and the names of the members that it has no room for."""
-    buffer, left_out = BytesIO(), []
+    about: dict[str, Any], members: Iterable[Member], room: int, compression: int
+) -> tuple[bytes, list[str], list[str]]:
+    """A zip archive of at most `room` bytes, and the names of its members and of those that it has no room for. A file
+    that is gone (the checkpoint of a run that has ended since) or that cannot be rounded is no member."""
+    buffer, packed, left_out = BytesIO(), [], []
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         archive.writestr(zipfile.ZipInfo("about.json"), json.dumps(about))
-        for name, path in members:
-            written = buffer.tell() + ENTRY_BYTES * (len(archive.infolist()) + 1)
-            if written + path.stat().st_size > room:
-                left_out.append(name)
+        for member in members:
+            try:
+                content = member.content(room - buffer.tell() - ENTRY_BYTES * (len(packed) + 2))
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                continue
+            if content is None:
+                left_out.append(member.name)
             else:  # the date of a ZipInfo is fixed: the same content gives the same bytes
-                archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), compression)
-    return buffer.getvalue(), left_out
+                archive.writestr(zipfile.ZipInfo(member.name), content, compression)
+                packed.append(member.name)
+    return buffer.getvalue(), packed, left_out
 
 
 def _write(folder: Path, name: str, archive: bytes) -> None:
@@ -175,9 +248,9 @@ def read(folder: Path) -> Cargo:
 
 
 def merge(cargo: Cargo, target: Store, keep_old: bool = False) -> Merged:
-    """Adds what an export holds to a store: the committed records (records alone) or a working one. A checkpoint
-    replaces an older one, and goes when its run is finished. With `keep_old` a run that the store has, with another
-    result, stays as it is there.
+    """Adds what an export holds to a store: the committed records (records alone) or a working one. Exact weights
+    replace those in half precision. A checkpoint replaces an older one, and goes when its run is finished. With
+    `keep_old` a run that the store has, with another result, stays as it is there.
 
     Raises:
         InputError: a record differs from the one that the store has under its key, or goes to the committed records and
@@ -189,15 +262,21 @@ def merge(cargo: Cargo, target: Store, keep_old: bool = False) -> Merged:
     else:
         require_committed(cargo.records.values())
     for record in new:
+        if target.writable and (there := target.load(record.key)) is not None and there.stale:
+            _remove_weights(target, record.key)  # they are of older code too, and no longer those of the record
         target.save(record)
         if target.writable and _saved(target.checkpoint_path(record.key)) < _ended(target, record.key):
             target.checkpoint_path(record.key).unlink(missing_ok=True)
     if target.writable and (probes := [probe for probe in cargo.probes if probe not in target.probes()]):
         target.save_probes([*target.probes(), *probes])
-    tensors = [name for name in cargo.tensors if target.writable and _is_wanted(name, cargo, target)]
-    for name in tensors:
-        write_bytes(target.folder / name, cargo.tensors[name], saved=cargo.saved.get(name))
-    return Merged(len(new), len(cargo.records) - len(new), len(tensors))
+    written = 0
+    for name, content in cargo.tensors.items() if target.writable else ():
+        if _is_wanted(name, cargo, target):
+            write_bytes(target.folder / name, content, saved=cargo.saved.get(name))
+            written += 1
+            if target.folder / name == target.weights_path(_key(name)):
+                target.half_weights_path(_key(name)).unlink(missing_ok=True)
+    return Merged(len(new), len(cargo.records) - len(new), written)
 
 
 def _archives(folder: Path) -> Iterator[tuple[Path, bytes]]:
@@ -243,13 +322,17 @@ def _probe(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take(cargo: Cargo, path: Path, name: str, member: bytes) -> None:
-    match = MEMBER.fullmatch(name)
-    if match is None or (match[1] == "records") != (match[3] == "json"):
+    if not MEMBER.fullmatch(name):
         raise InputError(f"import = {path} holds {name!r}, which no export does: nothing was taken from it")
-    if match[1] == "records":
-        cargo.records[match[2]] = _record(member, path / name, match[2])
+    if name.startswith("records/"):
+        cargo.records[_key(name)] = _record(member, path / name, _key(name))
     else:
         cargo.tensors[name] = member
+
+
+def _key(name: str) -> str:
+    """Of the run that a member of an archive belongs to."""
+    return name.split("/")[1].split(".")[0]
 
 
 def _record(content: bytes, path: Path, key: str) -> Record:
@@ -273,17 +356,27 @@ def _is_new(record: Record, target: Store, key: str, keep_old: bool) -> bool:
 
 
 def _is_wanted(name: str, cargo: Cargo, target: Store) -> bool:
-    """Weights that are not there; a checkpoint that is younger than the one there, and than the end of its run, which
-    may be trained again for its weights."""
-    kind, key = name.removesuffix(".pt").split("/")
-    if target.weights_path(key).exists():
-        return False
-    return kind == "weights" or cargo.saved.get(name, 0) > max(_saved(target.checkpoint_path(key)), _ended(target, key))
+    """Weights that are not there as exactly, unless the run has another result there; a checkpoint that is younger than
+    the one there, and than the end of its run, which may be trained again for its weights."""
+    key = _key(name)
+    if name.startswith("checkpoints/"):
+        older = max(_saved(target.checkpoint_path(key)), _ended(target, key))
+        return target.trained_path(key) is None and cargo.saved.get(name, 0) > older
+    there = target.weights_path(key).exists() or (target.folder / name).exists()
+    return not there and (key not in cargo.records or cargo.records[key] == target.load(key))
 
 
-def _saved(path: Path) -> float:
+def _remove_weights(target: Store, key: str) -> None:
+    for path in (target.weights_path(key), target.half_weights_path(key)):
+        path.unlink(missing_ok=True)
+
+
+def _saved(path: Path) -> int:
     """When a file was written, in nanoseconds; 0 where there is none."""
-    return path.stat().st_mtime_ns if path.exists() else 0
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _ended(target: Store, key: str) -> float:

@@ -3,6 +3,7 @@
 results/<profile>/records/<key>.json        committed, read-only
 runs/<profile>/records/<key>.json           working store, git-ignored
 runs/<profile>/weights/<key>.pt             weights of finished runs, so that a new measure needs no retraining
+runs/<profile>/weights/<key>.half.pt        the same in half precision, from an export; the others come first
 runs/<profile>/checkpoints/<key>.pt         a run in progress
 runs/<profile>/probe.json                   how fast machines were found to be
 runs/<profile>/aside/                       files that could not be used, moved out of the way
@@ -49,7 +50,8 @@ class Record:
         measures: measures of a model, or values of a check.
         table: columns of equal length that a measure samples: points along a path, bins of a histogram.
         perturbation: what of eps acted at the precision of the run, at its end (norm ratio, cosine, unmoved share).
-        environment: versions, device, threads, platform, commit and whether the checkout was dirty.
+        environment: versions, device, threads, platform, commit and whether the checkout was dirty; `weights` is half
+            where a model was measured from weights in half precision.
     """
 
     key: str
@@ -77,6 +79,11 @@ class Record:
     def usable(self) -> bool:
         """Whether the run need not be made again."""
         return self.status != "failed" and not self.stale
+
+    @property
+    def of_half_weights(self) -> bool:
+        """Whether it was measured on weights that an export had rounded to half precision."""
+        return self.environment.get("weights") == "half"
 
 
 # ---------------------------------------------------------------------------------------------- the store
@@ -147,6 +154,14 @@ class Store:
     def weights_path(self, key: str) -> Path:
         return self.folder / "weights" / f"{key}.pt"
 
+    def half_weights_path(self, key: str) -> Path:
+        return self.folder / "weights" / f"{key}.half.pt"
+
+    def trained_path(self, key: str) -> Path | None:
+        """The weights of a run that are here: the exact ones, else those in half precision, else None."""
+        paths = self.weights_path(key), self.half_weights_path(key)
+        return next((path for path in paths if path.exists()), None)
+
     def checkpoint_path(self, key: str) -> Path:
         return self.folder / "checkpoints" / f"{key}.pt"
 
@@ -166,15 +181,17 @@ class Store:
 
     def adopt(self, key: str, known: Sequence["Store"]) -> None:
         """Takes over the record of a finished run from the first store that has it, and its weights from the first that
-        has them; a run that this store has itself stays as it is."""
+        has them, exact ones before those in half precision; a run that this store has itself stays as it is."""
         if finished(self, key):
             return
         holders = [place for place in known if finished(place, key)]
         for place in holders[:1]:
             self.save(place.load(key))
-        trained = [place.weights_path(key) for place in holders if place.load(key) == holders[0].load(key)]
-        for path in [path for path in trained if path.exists() and not self.weights_path(key).exists()][:1]:
-            write_bytes(self.weights_path(key), path.read_bytes())
+        places = [self, *(place for place in holders if place.load(key) == holders[0].load(key))]
+        paths = [path(place, key) for path in (Store.weights_path, Store.half_weights_path) for place in places]
+        for path in [path for path in paths if path.exists()][:1]:
+            if path != self.trained_path(key):
+                write_bytes(self.folder / "weights" / path.name, path.read_bytes())
 
     def load(self, key: str) -> Record | None:
         """The record of a key; None where there is none.
@@ -205,7 +222,11 @@ class Store:
 
     def trained(self) -> list[str]:
         """The keys of the runs whose weights are here."""
-        return sorted(path.stem for path in (self.folder / "weights").glob("*.pt"))
+        return sorted({path.name.removesuffix(".pt").removesuffix(".half") for path in self.weights()})
+
+    def weights(self) -> list[Path]:
+        """The files of weights, those in half precision among them."""
+        return list((self.folder / "weights").glob("*.pt"))
 
     def records(self) -> Iterator[Record]:
         yield from (record for key in self.recorded() if (record := self.load(key)) is not None)
@@ -242,7 +263,8 @@ class Store:
         """One row per member of the arms.
 
         Columns: cell, role, seed, key, status, every field of the spec by its dotted name, the metrics of the last
-        epoch (`test_accuracy_pct`) and of two others (`test_accuracy_pct@best_validation`), and the measures; for the
+        epoch (`test_accuracy_pct`) and of two others (`test_accuracy_pct@best_validation`), the measures, and how many
+        of the row's measures were taken of weights in half precision (`half_weights`; a path counts itself); for the
         `curves` of an arm also every evaluated epoch (`running_loss@epoch=20`). A run without a record is a row of
         status 'missing'; one made by older code is 'stale'.
         """
@@ -283,17 +305,21 @@ class Store:
         row = {"cell": arm.cell, "role": arm.role, "seed": member.seed, "key": key, "status": "missing"}
         row |= {name: value for name, value in specs_of.flat(member).items() if name != "seed"}
         row |= dict.fromkeys([*expected_columns(member), *(measure.column for measure in arm.measures)], math.nan)
+        row |= {} if isinstance(member, CheckSpec) else {"half_weights": 0}
         record = self.load(key)
         if record is None:
             return row
         row["status"] = "stale" if record.stale else record.status
         row |= metrics(record) | curve_columns(record, arm.curves)
+        if isinstance(member, ConnectSpec):
+            row["half_weights"] = int(record.of_half_weights)
         for measure in arm.measures_of(member):
             measured = self.load(specs_of.key(measure))
-            value = (
-                measured.measures if measured is not None and measured.status == "done" and not measured.stale else {}
-            )
-            row |= measure_columns(measure, value)
+            if measured is not None and measured.status == "done" and not measured.stale:
+                row |= measure_columns(measure, measured.measures)
+                row["half_weights"] += measured.of_half_weights
+            else:
+                row |= measure_columns(measure, {})
         return row
 
 

@@ -235,7 +235,7 @@ def _has_models(
         record = store.load(key)
         if record is None:  # its training was cut
             return False
-        if record.status == "done" and not store.weights_path(key).exists():
+        if record.status == "done" and store.trained_path(key) is None:
             parent = parent_run(store, key, "parent")
             if train.train(parent, store, train.choose_device(device), clock.deadline, report) is None:
                 return False

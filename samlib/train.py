@@ -25,6 +25,7 @@ from samlib.arithmetic import arithmetic
 from samlib.augment import Augmentation
 from samlib.errors import InputError
 from samlib.graph import GraphedStep, assign, make_static
+from samlib.half import is_half
 from samlib.measures import WeightLoss, asymmetry, connectivity, hessian, precision, sharpness, tails
 from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, OptimSpec, RunSpec, Spec
 from samlib.store import NUMERICS, Record, Store, parent_run, parent_spec
@@ -114,16 +115,18 @@ def measure(spec: MeasureSpec, store: Store, device: torch.device) -> Record:
     """One measure of one trained model."""
     parent = parent_spec(store, spec)
     splits = load_splits(parent, device)
-    model = trained_model(parent, store, splits, device)
+    state = trained_weights(parent, store, device)
     started = time.perf_counter()
-    if model is None:  # its training diverged
+    if state is None:  # its training diverged
         return _record(spec, "diverged", started, data_digest=splits.digest, device=device)
+    model, made = with_weights(parent, state, splits, device), made_of(state)
     inputs, labels = (tensor[: spec.images] for tensor in _tensors(getattr(splits, spec.split)))
     batch_size = MEASURE_BATCH if spec.mode == "eval" else None  # in train mode the batch is part of the loss
     loss = WeightLoss(model, inputs, labels, batch_size=batch_size, train_mode=spec.mode == "train")
     values, table = MEASURES[spec.measure](loss, spec)
     status = "done" if all(math.isfinite(value) for value in values.values()) else "diverged"
-    return _record(spec, status, started, measures=values, table=table, data_digest=splits.digest, device=device)
+    content = {"measures": values, "table": table, "data_digest": splits.digest}
+    return _record(spec, status, started, **content, device=device, made=made)
 
 
 def lambda_max(loss: WeightLoss, spec: MeasureSpec) -> Measured:
@@ -166,10 +169,11 @@ def connect(spec: ConnectSpec, store: Store, device: torch.device) -> Record:
     """One path between two trained models: losses and errors along it, or losses on a grid of its plane."""
     runs = connected_runs(spec, store)
     splits = load_splits(runs[0], device)
-    ends = [trained_model(run, store, splits, device) for run in runs]
+    states = [trained_weights(run, store, device) for run in runs]
     started = time.perf_counter()
-    if None in ends:  # a training diverged
+    if None in states:  # a training diverged
         return _record(spec, "diverged", started, data_digest=splits.digest, device=device)
+    ends = [with_weights(run, state, splits, device) for run, state in zip(runs, states, strict=True)]
     model, nodes = ends[0], path_nodes(spec, runs[0], ends, splits, device)
     train, test = _tensors(splits.train), _tensors(splits.test)
     if spec.path.test_labels == "shifted":
@@ -177,7 +181,8 @@ def connect(spec: ConnectSpec, store: Store, device: torch.device) -> Record:
     taken = _plane_losses if spec.path.grid else _path_losses
     values, table = taken(spec, model, nodes, train, test)
     status = "done" if all(map(math.isfinite, values.values())) else "diverged"
-    return _record(spec, status, started, measures=values, table=table, data_digest=splits.digest, device=device)
+    content = {"measures": values, "table": table, "data_digest": splits.digest}
+    return _record(spec, status, started, **content, device=device, made=made_of(*states))
 
 
 def connected_runs(spec: ConnectSpec, store: Store) -> list[RunSpec]:
@@ -269,18 +274,34 @@ def check(spec: CheckSpec) -> Record:
 
 
 def trained_model(spec: RunSpec, store: Store, splits: data.Splits, device: torch.device) -> nn.Module | None:
-    """The model a run ended with; trained again where its weights are gone (its record stays as it is). None for a run
-    that diverged."""
-    path = store.weights_path(specs_of.key(spec))
-    state, record = load_tensors(path), store.load(specs_of.key(spec))
+    """The model a run ended with; None for a run that diverged."""
+    state = trained_weights(spec, store, device)
+    return None if state is None else with_weights(spec, state, splits, device)
+
+
+def trained_weights(spec: RunSpec, store: Store, device: torch.device) -> dict[str, Tensor] | None:
+    """The weights a run ended with, in half precision where only these are there; trained again where all are gone (its
+    record stays as it is). None for a run that diverged."""
+    record = store.load(specs_of.key(spec))
     diverged = record is not None and record.usable and record.status == "diverged"
-    if state is None and not diverged and train(spec, store, device).status == "done":
-        state = load_tensors(path)
-    if state is None:
+    while path := store.trained_path(specs_of.key(spec)):  # one that cannot be read is set aside
+        if (state := load_tensors(path)) is not None:
+            return state
+    if diverged or train(spec, store, device).status != "done":
         return None
+    return load_tensors(store.weights_path(specs_of.key(spec)))
+
+
+def with_weights(spec: RunSpec, state: dict[str, Tensor], splits: data.Splits, device: torch.device) -> nn.Module:
+    """The network of a run with these weights, in float32."""
     model = build_model(spec, splits, device)
     model.load_state_dict(state)
     return model
+
+
+def made_of(*states: dict[str, Tensor]) -> dict[str, str]:
+    """What the record of a measure or a path says of the weights it was made of."""
+    return {"weights": "half"} if is_half(states) else {}
 
 
 # ---------------------------------------------------------------------------------------------- the training loop

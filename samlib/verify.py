@@ -46,6 +46,8 @@ class Report:
         lines = [f"{self.record.key}: {outcome} ({len(self.numbers)} numbers, {self.again.wall_seconds:.1f} s)"]
         if not self._same_status:
             lines.append(f"  status: {self.record.status} stored, {self.again.status} now")
+        if self.record.of_half_weights:
+            lines.append("  stored: of weights rounded to half precision; now of the exact ones")
         if not self.exact:
             lines += [f"  {name}: {old:.7g} stored, {new:.7g} now" for name, old, new in self.numbers if old != new]
         return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and that bad input writes nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from samlib import experiments, pack, published, train
 from samlib import spec as specs_of
 from samlib.experiments import Arm
 from samlib.spec import CheckSpec, DataSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
+from samlib.store import Record, Store
 
 TINY = RunSpec(DataSpec(train_size=48), ModelSpec(width=4), OptimSpec("sam"), TrainSpec(epochs=2, batch_size=16))
 ARMS = (
@@ -263,6 +265,40 @@ def test_export_and_import_make_the_round_trip(study, capsys):
     assert "7 were there already" in capsys.readouterr().out
 
 
+def test_weights_in_half_precision_are_measured_elsewhere_and_the_records_say_so(study, capsys):
+    assert cli.main([*RUN, *HERE, "--export", "out", "--with-weights", "half"]) == 0
+    assert cli.main(["import", "out", "--store", "./copy"]) == 0
+    store = cli.open_store("quick", "./copy")
+    assert all(store.half_weights_path(key).exists() for key in store.trained())
+    exact = [store.load(specs_of.key(ARMS[0].measures_of(member)[0])) for member in ARMS[0].specs]
+    for record in exact:
+        store.record_path(record.key).unlink()
+    assert cli.main([*RUN, "--time-limit", "1h", "--store", "./copy"]) == 0  # and nothing is trained again for them
+    assert "2 runs in" in capsys.readouterr().out
+    assert not any(store.weights_path(key).exists() for key in store.trained())
+    for record in exact:
+        again = store.load(record.key)
+        assert again.of_half_weights
+        assert again.measures["lambda_max"] == pytest.approx(record.measures["lambda_max"], rel=0.02)
+        assert again.measures["lambda_max"] != record.measures["lambda_max"]
+    assert cli.main(["verify", exact[0].key, "--store", "./copy", "--device", "cpu"]) == 0
+    assert "stored: of weights rounded to half precision; now of the exact ones" in capsys.readouterr().out
+    assert cli.main(["export", "csv", "--store", "./copy"]) == 0
+    table = pd.read_csv(study / "csv" / "runs.csv").set_index("role")
+    assert (table.loc["sgd", "half_weights"].tolist(), table.loc["sam", "half_weights"].tolist()) == ([1, 1], [0, 0])
+
+
+def test_publishing_counts_the_measures_of_half_precision_weights(study, capsys):
+    store = cli.open_store("quick", "runs")
+    for spec in experiments.specs(ARMS):
+        environment = {"dirty": False} | ({"weights": "half"} if isinstance(spec, specs_of.MeasureSpec) else {})
+        store.save(Record(specs_of.key(spec), specs_of.canonical(spec), "done", environment=environment))
+    assert cli.main(["publish"]) == 0
+    shown = capsys.readouterr().out
+    assert "7 records in" in shown
+    assert "2 of them were measured on weights in half precision" in shown
+
+
 def test_an_interrupted_sweep_leaves_an_export_of_what_is_finished(study, capsys, monkeypatch):
     run, started = train.run, []
 
@@ -292,12 +328,35 @@ def test_an_export_grows_with_the_sweep(study, monkeypatch):
 
     def export_and_note(*arguments, **wanted):
         packed = export(*arguments, **wanted)
-        sizes.append(packed.records)
+        sizes.append((packed.records, packed.tensors))
         return packed
 
     monkeypatch.setattr("samlib.pack.export", export_and_note)
+    assert cli.main([*RUN, *HERE, "--export", "out", "--with-weights"]) == 0
+    order = experiments.in_order_of_worth(ARMS)
+    trained = [sum(isinstance(spec, RunSpec) for spec in order[:done]) for done in range(8)]
+    assert sizes == [*enumerate(trained), (7, 4)]
+
+
+def test_a_sweep_goes_on_where_an_export_fails(study, monkeypatch, capsys):
+    """The folder is gone for a while, and a file lies in its place."""
+    monkeypatch.setattr(cli, "EXPORT_SECONDS", 0.0)
+    save, saved, out = Store.save, [], study / "out"
+
+    def save_and_spoil(store, record):
+        saved.append(record.key)
+        if len(saved) == 3:
+            shutil.rmtree(out)
+            out.write_text("")
+        if len(saved) == 5:
+            out.unlink()
+        return save(store, record)
+
+    monkeypatch.setattr(Store, "save", save_and_spoil)
     assert cli.main([*RUN, *HERE, "--export", "out"]) == 0
-    assert sizes == [0, 1, 2, 3, 4, 5, 6, 7, 7]
+    shown = capsys.readouterr()
+    assert "out: 7 records" in shown.out
+    assert "'out' cannot be written" in shown.err
 
 
 def test_a_sweep_stops_at_its_limit_and_exports_the_run_it_cut(study, capsys, monkeypatch):

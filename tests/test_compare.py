@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from samlib import __main__ as cli
-from samlib import experiments
+from samlib import claims, experiments
 from samlib import spec as specs_of
 from samlib.compare import FAILURE, FLIP, OK, Setting, compare
 from samlib.store import Store, open_store
@@ -74,6 +74,21 @@ def test_a_flipped_verdict_is_printed_and_has_a_code_of_its_own(copy):
     assert found.exit_code == FLIP
     assert "coldenhoff-a-sam-beats-sgd-per-seed" in {claim for claim, _, _ in found.flips}
     assert "FLIPPED" in found.report()
+
+
+def test_measures_of_half_precision_weights_are_pointed_out(copy):
+    committed, fresh = copy
+    arm = arms("clean", "sam")[0]
+    for member in arm.specs:
+        measured = fresh.load(specs_of.key(arm.measures_of(member)[0]))
+        measured.measures["lambda_max"] += 1e3
+        measured.environment["weights"] = "half"
+        fresh.save(measured)
+    lines = [str(setting) for setting in compare("quick", committed, fresh).deviations]
+    assert ["lambda_max" in line and "; 10 measures here were taken of half" in line for line in lines] == [True]
+    claim = next(claim for claim, cells in experiments.load("sam_vs_sgd").DECIDES.items() if "clean" in cells["quick"])
+    said = "10 measures of these runs were taken of weights rounded to half precision"
+    assert [said in claims.verdict(claim, "quick", store).reason for store in copy] == [False, True]
 
 
 def test_a_missing_run_is_a_failure(copy):

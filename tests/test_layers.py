@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "provenance": {"torch"},
     "train": {
         "errors",
+        "half",
         "spec",
         "store",
         "data",
@@ -47,7 +48,8 @@ MAY_IMPORT = {
         "two_products",
     },
     "store": {"errors", "spec", "experiments", "pandas"},
-    "pack": {"errors", "experiments", "spec", "store"},
+    "half": {"torch"},
+    "pack": {"errors", "experiments", "half", "spec", "store"},
     "estimate": {"errors", "experiments", "spec", "store"},
     "probe": {"estimate", "provenance", "spec", "store", "train", "torch"},
     "sweep": {"errors", "estimate", "spec", "store", "train", "torch", "tqdm"},

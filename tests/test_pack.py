@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import zipfile
 from dataclasses import asdict, replace
+from io import BytesIO
 
 import pytest
+import torch
 
 from samlib import pack
 from samlib import spec as specs_of
@@ -56,7 +58,7 @@ def files(folder):
 
 
 def test_finished_records_make_the_round_trip_and_a_second_import_changes_nothing(store, target, tmp_path):
-    packed = pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
+    packed = pack.export(store, tmp_path / "out", checkpoints=True, weights="full")
     assert str(packed) == "2 records and 2 checkpoints and weights"
     merged = pack.merge(pack.read(tmp_path / "out"), target)
     assert (merged.records, merged.there, merged.tensors) == (2, 0, 2)
@@ -85,7 +87,7 @@ def test_records_that_are_known_and_tensors_that_were_not_asked_for_stay_behind(
 def test_an_archive_that_outgrows_a_file_is_cut_and_plain_tools_join_it(store, target, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "VOLUME_BYTES", 1000)
     out = tmp_path / "out"
-    pack.export(store, out, checkpoints=True, weights=True)
+    pack.export(store, out, checkpoints=True, weights="full")
     volumes = sorted(path.name for path in out.glob("tensors*"))
     assert volumes == [f"tensors.zip.{number:03}" for number in range(1, 6)]
     assert all(path.stat().st_size <= 1000 and re.fullmatch(r"[A-Za-z0-9._-]+", path.name) for path in out.iterdir())
@@ -95,20 +97,28 @@ def test_an_archive_that_outgrows_a_file_is_cut_and_plain_tools_join_it(store, t
     with zipfile.ZipFile(out / "joined.zip") as joined:
         assert joined.read(f"checkpoints/{KEYS[4]}.pt") == b"c" * 3000
     monkeypatch.undo()
-    pack.export(store, out, checkpoints=True, weights=True)  # in one file again: the volumes are gone
+    pack.export(store, out, checkpoints=True, weights="full")  # in one file again: the volumes are gone
     assert sorted(path.name for path in out.glob("tensors*")) == ["tensors.zip"]
 
 
 @pytest.mark.parametrize(
-    ("room", "left_out"), [(10_000, []), (5000, ["weights/"]), (3000, ["checkpoints/"]), (900, None)]
+    ("room", "size", "left_out"),
+    [
+        (10_000, 1000, []),
+        (5000, 1000, ["checkpoints/"]),
+        (6000, 4000, ["checkpoints/"]),  # either would fit
+        (5000, 4000, ["weights/"]),
+        (900, 1000, None),
+    ],
 )
-def test_what_does_not_fit_is_named_and_records_go_first(store, tmp_path, monkeypatch, room, left_out):
-    """Checkpoints go before weights, but a smaller file still takes the room that a larger one could not."""
+def test_what_does_not_fit_is_named_and_finished_work_goes_first(store, tmp_path, monkeypatch, room, size, left_out):
+    """Records, weights, checkpoints; but a smaller file still takes the room that a larger one could not."""
+    tensors(store, "weights", KEYS[0], b"w" * size, at=100)
     monkeypatch.setattr(pack, "TOTAL_BYTES", room)
-    packed = pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
+    packed = pack.export(store, tmp_path / "out", checkpoints=True, weights="full")
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) <= room
     kinds = [name[: name.index("/") + 1] for name in packed.left_out]
-    assert kinds == (["records/", "checkpoints/", "weights/"] if left_out is None else left_out)
+    assert kinds == (["records/", "weights/", "checkpoints/"] if left_out is None else left_out)
     assert packed.records == 2 - kinds.count("records/")
     assert all(name in str(packed) for name in packed.left_out)
 
@@ -132,7 +142,7 @@ def test_what_probes_found_goes_along(store, target, tmp_path):
     found = [{"device": name} | entry for name in ("one", "two")]
     target.save_probes(found[1:])
     store.save_probes(found)
-    pack.export(store, tmp_path / "out", weights=True)
+    pack.export(store, tmp_path / "out", weights="full")
     for _ in range(2):
         pack.merge(pack.read(tmp_path / "out"), target)
         assert target.probes() == found[::-1]
@@ -142,8 +152,127 @@ def test_what_probes_found_goes_along(store, target, tmp_path):
         pack.read(tmp_path / "out")
 
 
+def test_tensors_that_are_known_stay_behind(store, tmp_path):
+    def exported(**wanted):
+        pack.export(store, tmp_path / "out", [Store(tmp_path / "empty" / "gpu"), known], **wanted)
+        return list(pack.read(tmp_path / "out").tensors)
+
+    known = Store(tmp_path / "known" / "gpu", writable=True)
+    tensors(known, "checkpoints", KEYS[4], b"k", at=199)
+    assert exported(checkpoints=True) == [f"checkpoints/{KEYS[4]}.pt"]
+    tensors(known, "checkpoints", KEYS[4], b"k", at=200)
+    assert exported(checkpoints=True) == []
+    assert exported(weights="full") == [f"weights/{KEYS[0]}.pt"]
+    tensors(known, "weights", f"{KEYS[0]}.half", b"k", at=1)
+    assert exported(weights="full") == [f"weights/{KEYS[0]}.pt"]  # the exact ones are new
+    assert exported(weights="half") == []
+    tensors(known, "weights", KEYS[0], b"k", at=1)
+    assert exported(weights="full") == []
+
+
+# ------------------------------------------------------------------------------------------------ in half precision
+
+
+WEIGHTS = {"layer": torch.linspace(-1, 1, 4001), "bias": torch.tensor([1e6])}
+
+
+@pytest.fixture
+def trained(store):
+    """The store with weights that are some, of the first run and of the one in progress, which was trained before."""
+    for key, at in ((KEYS[0], 100), (KEYS[4], 300)):
+        path = tensors(store, "weights", key, b"", at)
+        torch.save(WEIGHTS, path)
+        os.utime(path, (at, at))
+    return store
+
+
+def sent(source, target, folder, **wanted):
+    """What comes of an export and its import."""
+    pack.export(source, folder, **wanted)
+    return pack.merge(pack.read(folder), target)
+
+
+def test_weights_in_half_precision_say_so_by_their_name_and_take_half_the_room(trained, target, tmp_path):
+    packed = pack.export(trained, tmp_path / "out", weights="half")
+    assert (packed.records, packed.tensors, packed.left_out) == (2, 2, ())
+    pack.merge(pack.read(tmp_path / "out"), target)
+    assert {path.name for path in target.weights()} == {f"{KEYS[0]}.half.pt", f"{KEYS[4]}.half.pt"}
+    path = target.half_weights_path(KEYS[0])
+    assert path.stat().st_size < 0.7 * trained.weights_path(KEYS[0]).stat().st_size
+    assert path.stat().st_mtime == 100
+    found = torch.load(path, weights_only=True)
+    assert torch.equal(found["layer"], WEIGHTS["layer"].half())
+    assert torch.equal(found["bias"], WEIGHTS["bias"])
+
+
+def test_exact_weights_are_never_replaced_and_half_ones_are(trained, target, tmp_path):
+    assert sent(trained, target, tmp_path / "half", weights="half").tensors == 2
+    assert sent(trained, target, tmp_path / "half", weights="half").tensors == 0
+    assert sent(trained, target, tmp_path / "full", weights="full").tensors == 2
+    assert {path.name for path in target.weights()} == {f"{KEYS[0]}.pt", f"{KEYS[4]}.pt"}
+    assert files(target.folder / "weights") == files(trained.folder / "weights")
+    before = files(target.folder)
+    assert sent(trained, target, tmp_path / "half", weights="half").tensors == 0
+    assert files(target.folder) == before
+
+
+def test_weights_that_are_half_already_go_on_as_they_are(trained, target, tmp_path):
+    sent(trained, target, tmp_path / "out", weights="half")
+    for precision in pack.WEIGHTS:
+        last = Store(tmp_path / precision / "gpu", writable=True)
+        assert sent(target, last, tmp_path / "on", weights=precision).tensors == 2
+        assert files(last.folder / "weights") == files(target.folder / "weights")
+
+
+def test_rounded_weights_fit_where_exact_ones_do_not_and_the_newest_go_first(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "TOTAL_BYTES", 25_000)
+    for precision, left_out in (("full", (f"weights/{KEYS[0]}.pt",)), ("half", ())):
+        assert pack.export(trained, tmp_path / "out", weights=precision).left_out == left_out
+        assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) <= 25_000
+
+
+def test_weights_that_cannot_be_read_cost_no_other_file(trained, tmp_path, capsys):
+    tensors(trained, "weights", KEYS[1], b"broken", at=400)
+    packed = pack.export(trained, tmp_path / "out", weights="half")
+    assert (packed.records, packed.tensors) == (2, 2)
+    assert f"{KEYS[1]}.pt cannot be read" in capsys.readouterr().err
+
+
+def test_an_unknown_precision_is_refused(store, tmp_path):
+    with pytest.raises(InputError, match=r"weights = 'quarter'.*full or half"):
+        pack.export(store, tmp_path / "out", weights="quarter")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_weights_come_to_a_record_that_is_not_theirs(trained, target, tmp_path):
+    """Neither those of another result of the run, nor are those of older code left beside a new record."""
+    target.save(record(SPECS[0], wall_seconds=7.0))
+    pack.export(trained, tmp_path / "out", weights="full")
+    assert pack.merge(pack.read(tmp_path / "out"), target, keep_old=True).tensors == 1
+    assert target.trained() == [KEYS[4]]
+    target.save(record(SPECS[0], numerics=NUMERICS - 1))
+    for name in (KEYS[0], f"{KEYS[0]}.half"):
+        tensors(target, "weights", name, b"older", at=1)
+    pack.export(trained, tmp_path / "records")
+    pack.merge(pack.read(tmp_path / "records"), target)
+    assert target.trained() == [KEYS[4]]
+    assert pack.merge(pack.read(tmp_path / "out"), target).tensors == 1
+
+
+def test_a_checkpoint_that_is_gone_meanwhile_is_no_loss(store):
+    path = store.checkpoint_path(KEYS[4])
+    members = [pack.Member("checkpoints/gone.pt", path.with_name("gone.pt")), pack.Member("checkpoints/there.pt", path)]
+    content, packed, left_out = pack._archive({}, members, 10_000, zipfile.ZIP_STORED)
+    assert (packed, left_out) == (["checkpoints/there.pt"], [])
+    with zipfile.ZipFile(BytesIO(content)) as archive:
+        assert archive.namelist() == ["about.json", "checkpoints/there.pt"]
+
+
+# ------------------------------------------------------------------------------------------------ what an import meets
+
+
 def test_the_newer_checkpoint_stays(store, target, tmp_path):
-    pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
+    pack.export(store, tmp_path / "out", checkpoints=True, weights="full")
     path = tensors(target, "checkpoints", KEYS[4], b"older", at=199)
     kept = tensors(target, "weights", KEYS[0], b"mine", at=1)
     assert pack.merge(pack.read(tmp_path / "out"), target).tensors == 1
@@ -176,7 +305,7 @@ def test_a_checkpoint_goes_when_its_run_is_finished_unless_it_is_trained_again(s
 
 def test_committed_records_take_no_tensors_and_nothing_of_unknown_code(store, tmp_path):
     committed = Store(tmp_path / "results" / "gpu", writable=False)
-    pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
+    pack.export(store, tmp_path / "out", checkpoints=True, weights="full")
     assert pack.merge(pack.read(tmp_path / "out"), committed).tensors == 0
     assert committed.recorded() == sorted(KEYS[:2])
     assert [path.name for path in committed.folder.iterdir()] == ["records"]
@@ -204,7 +333,8 @@ def swapped(spec, key):
     return {f"records/{key}.json": as_json(spec)}
 
 
-OUTSIDE = dict.fromkeys(("../evil.json", "/etc/evil", "records/../../evil.json", "weights/evil.pt"), b"x")
+NAMES = ("../evil.json", "/etc/evil", "records/../../evil.json", "weights/evil.pt", f"checkpoints/{KEYS[0]}.half.pt")
+OUTSIDE = dict.fromkeys(NAMES, b"x")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +393,7 @@ def test_a_lost_volume_is_noticed_and_the_records_are_taken(store, tmp_path, mon
     monkeypatch.setattr(pack, "VOLUME_BYTES", 1000)
     for lost in ("001", "003", "005"):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        pack.export(store, tmp_path / "out", checkpoints=True, weights=True)
+        pack.export(store, tmp_path / "out", checkpoints=True, weights="full")
         (tmp_path / "out" / f"tensors.zip.{lost}").unlink()
         cargo = pack.read(tmp_path / "out")
         assert cargo.records

@@ -16,7 +16,7 @@ from samlib import spec as specs_of
 from samlib import study, sweep
 from samlib.errors import InputError
 from samlib.experiments import Arm, measure
-from samlib.spec import OptimSpec, RunSpec
+from samlib.spec import ConnectSpec, OptimSpec, RunSpec
 from samlib.store import (
     NUMERICS,
     Record,
@@ -190,6 +190,26 @@ def test_a_store_adopts_a_finished_run_with_its_weights_but_none_in_place_of_its
     assert store.load(key).wall_seconds == 2.0
 
 
+def test_of_the_weights_there_are_the_exact_ones_are_taken(store, tmp_path):
+    first, second, third = (Store(tmp_path / name, writable=True) for name in ("first", "second", "third"))
+    key = specs_of.key(SPEC)
+    for place in (first, second, third):
+        place.save(record())
+        path = place.weights_path(key) if place is third else place.half_weights_path(key)
+        path.parent.mkdir()
+        path.write_bytes(place.folder.name.encode())
+    store.adopt(key, [first, second])
+    assert (store.trained(), store.trained_path(key)) == ([key], store.half_weights_path(key))
+    assert store.trained_path(key).read_bytes() == b"first"
+    store.record_path(key).unlink()
+    store.adopt(key, [first, third])
+    assert (store.trained(), store.trained_path(key)) == ([key], store.weights_path(key))
+    assert store.trained_path(key).read_bytes() == b"third"
+    store.weights_path(key).unlink()
+    store.half_weights_path(key).unlink()
+    assert (store.trained(), store.trained_path(key)) == ([], None)
+
+
 def test_bytes_that_are_no_text_and_folders_are_named_too(store):
     path = store.save(record())
     path.write_bytes(b"\xff\xfe" + path.read_bytes())
@@ -251,6 +271,20 @@ def test_frame_shows_each_state_and_measures_beside_their_model(store):
     assert frame.loc[0, "perturbation_cosine"] == 1.0
     assert frame["optim.rho"].tolist() == [0.1] * 4
     assert frame["cell"].unique().tolist() == ["cell"]
+
+
+def test_a_frame_counts_the_measures_of_half_precision_weights(store):
+    arm = Arm("sam", "cell", SPEC, (0, 1), (measure("lambda_max"), measure("adversarial_sharpness")))
+    for member in arm.specs:
+        store.save(record(member))
+        for spec, environment in zip(arm.measures_of(member), ({"weights": "half"}, {}), strict=True):
+            store.save(record(spec, environment=environment if member.seed else {}))
+    path = ConnectSpec(*map(specs_of.key, arm.specs))
+    store.save(record(path, environment={"weights": "half"}))
+    assert store.frame([arm])["half_weights"].tolist() == [0, 1]
+    assert store.frame([Arm("path", "cell", path, (0,))])["half_weights"].tolist() == [1]
+    store.save(record(arm.measures_of(arm.specs[1])[0], numerics=NUMERICS - 1, environment={"weights": "half"}))
+    assert store.frame([arm])["half_weights"].tolist() == [0, 0]  # not a number that counts
 
 
 def test_curves_that_an_arm_asks_for_are_columns_of_its_frame(store):

@@ -10,10 +10,20 @@ import pytest
 import torch
 from torch.nn import functional
 
-from samlib import data, train
+from samlib import data, half, train
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.spec import CheckSpec, DataSpec, MeasureSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
+from samlib.spec import (
+    CheckSpec,
+    ConnectSpec,
+    DataSpec,
+    MeasureSpec,
+    ModelSpec,
+    OptimSpec,
+    PathSpec,
+    RunSpec,
+    TrainSpec,
+)
 from samlib.store import Store
 
 TINY = RunSpec(
@@ -594,6 +604,55 @@ def test_every_choice_of_a_measure_is_felt(store, fields):
     assert one["adversarial_sharpness"] > 0
     assert one["adversarial_sharpness"] != two["adversarial_sharpness"]
     assert one["adversarial_sharpness"] == pytest.approx(one["perturbed_loss"] - one["loss"], rel=1e-4)
+
+
+def halve(store, key):
+    """What an import leaves of a run whose weights were exported in half precision."""
+    store.half_weights_path(key).write_bytes(half.halved(store.weights_path(key).read_bytes()))
+    store.weights_path(key).unlink()
+
+
+def test_a_measure_of_weights_in_half_precision_says_so(store):
+    parent = train.run(TINY, store, "cpu")
+    spec, exact = MeasureSpec(parent.key), weights(store, TINY)
+    record = train.run(spec, store, "cpu")
+    assert "weights" not in record.environment
+    halve(store, parent.key)
+    again = train.run(spec, store, "cpu")
+    assert again.environment["weights"] == "half"
+    assert store.load(again.key).of_half_weights
+    assert again.measures["lambda_max"] == pytest.approx(record.measures["lambda_max"], rel=0.02)
+    assert again.measures != record.measures
+    assert not store.weights_path(parent.key).exists()  # it was not trained again
+    model = train.trained_model(TINY, store, data.load(TINY.data, TINY.seed), CPU)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, exact[name].half().float())
+    assert all(torch.equal(buffer, exact[name]) for name, buffer in model.named_buffers())
+
+
+def test_exact_weights_come_first_and_what_cannot_be_read_is_trained_again(store, capsys):
+    parent = train.run(TINY, store, "cpu")
+    spec, content = MeasureSpec(parent.key), store.weights_path(parent.key).read_bytes()
+    record = train.run(spec, store, "cpu")
+    halve(store, parent.key)
+    store.weights_path(parent.key).write_bytes(content)
+    assert numbers(train.run(spec, store, "cpu")) == numbers(record)
+    store.weights_path(parent.key).write_bytes(b"broken")
+    assert train.run(spec, store, "cpu").of_half_weights
+    store.half_weights_path(parent.key).write_bytes(b"broken")
+    again = train.run(spec, store, "cpu")
+    assert numbers(again) == numbers(record)
+    assert not again.of_half_weights
+    assert capsys.readouterr().err.count("cannot be read") == 2
+
+
+@pytest.mark.parametrize("rounded", [0, 1])
+def test_a_path_with_an_end_in_half_precision_says_so(store, rounded):
+    runs = [train.run(change(method=method), store, "cpu") for method in ("sgd", "sam")]
+    spec = ConnectSpec(*(run.key for run in runs), path=PathSpec(shape="line", points=3))
+    assert not train.run(spec, store, "cpu").of_half_weights
+    halve(store, runs[rounded].key)
+    assert train.run(spec, store, "cpu").environment["weights"] == "half"
 
 
 def test_a_measure_without_its_run_says_so(store):
