@@ -231,6 +231,14 @@ def test_rounded_weights_fit_where_exact_ones_do_not_and_the_newest_go_first(tra
         assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) <= 25_000
 
 
+def test_weights_that_rounding_makes_no_smaller_are_left_out_where_they_do_not_fit(store, tmp_path, monkeypatch):
+    torch.save({"layer": torch.full((4000,), 1e6)}, store.weights_path(KEYS[0]))
+    assert store.weights_path(KEYS[0]).stat().st_size > 16_000
+    for room, left_out in ((20_000, ()), (15_000, (f"weights/{KEYS[0]}.half.pt",))):
+        monkeypatch.setattr(pack, "TOTAL_BYTES", room)
+        assert pack.export(store, tmp_path / "out", weights="half").left_out == left_out
+
+
 def test_weights_that_cannot_be_read_cost_no_other_file(trained, tmp_path, capsys):
     tensors(trained, "weights", KEYS[1], b"broken", at=400)
     packed = pack.export(trained, tmp_path / "out", weights="half")
