@@ -197,7 +197,7 @@ def paired_differences(frame: pd.DataFrame, metric: str, pairs: Sequence[tuple[s
     Args:
         frame: one row per run, with cell, role, seed, status and the metric; see `Store.frame`.
         pairs: (a, b) roles. A pair without a finished seed in common keeps its row, marked n = 0; a cell that has no
-            arm of one of the roles has no such row.
+            arm of one of the roles has no such row. Without any row, or any finished run, the figure says so.
 
     Raises:
         InputError: the frame lacks a column, or a role has no colour.
@@ -205,6 +205,10 @@ def paired_differences(frame: pd.DataFrame, metric: str, pairs: Sequence[tuple[s
     done = finished(frame, metric)
     roles = frame.groupby("cell", sort=False)["role"].unique()
     rows = [(cell, a, b) for cell in roles.index for a, b in pairs if {a, b} <= set(roles[cell])]
+    if not rows:
+        return _words("No cell has both of the methods compared.")
+    if done.empty:
+        return _nothing_yet()
     figure, axes = plt.subplots(figsize=(WIDTH, 0.8 + 0.36 * len(rows)), layout="constrained")
     axes.axvline(0, color=INK, linewidth=1, zorder=1)
     counts = []
@@ -264,12 +268,14 @@ def by_role(frame: pd.DataFrame, metric: str) -> Figure:
 
     Args:
         frame: one row per run, with cell, role, seed, status and the metric; see `Store.frame`. A role without a
-            finished seed keeps its row, marked n = 0.
+            finished seed keeps its row, marked n = 0. Without any finished run the figure says so.
 
     Raises:
-        InputError: the frame lacks a column, or a role has no colour.
+        InputError: the frame is empty or lacks a column, or a role has no colour.
     """
     done = finished(frame, metric)
+    if len(frame) and done.empty:
+        return _nothing_yet()
     cells, roles = list(frame["cell"].unique()), list(frame["role"].unique())
     figure, panels = _panels(cells, height=1.0 + 0.4 * len(roles))
     for cell, axes in zip(cells, panels, strict=True):
@@ -652,9 +658,13 @@ def _by_seed(done: pd.DataFrame, cell: str, role: str, metric: str) -> dict[int,
 
 
 def _nothing_yet() -> Figure:
+    return _words("No finished runs yet.")
+
+
+def _words(text: str) -> Figure:
     figure, axes = plt.subplots(figsize=(WIDTH * 0.62, 0.8))
     axes.set_axis_off()
-    axes.text(0, 0.5, "No finished runs yet.", color=FAINT)
+    axes.text(0, 0.5, text, color=FAINT)
     return figure
 
 

@@ -28,6 +28,23 @@ class Study:
     arms: tuple[Arm, ...]
     varied: bool
 
+    @property
+    def cells(self) -> list[str]:
+        """Its cells in the order of the arms, those apart on which settings are chosen."""
+        return list(dict.fromkeys(arm.cell for arm in self.arms if not arm.tuning))
+
+    def at(self, profile: str) -> "Study":
+        """The same experiment on a profile: this study if it is on it, else the committed records, untouched by a
+        reader's variation. It may have no arms there.
+
+        Raises:
+            InputError: unknown profile.
+        """
+        if profile == self.profile:
+            return self
+        arms = experiments.arms(self.stem, profile)
+        return Study(self.stem, profile, store.open_store(profile, "results"), arms, varied=False)
+
     def pick(self, cells: Sequence[str] | None = None, roles: Sequence[str] | None = None) -> tuple[Arm, ...]:
         """The arms of some cells and roles."""
         return tuple(
