@@ -31,7 +31,7 @@ ELEMENTWISE = {
 
 State = dict[Tensor, dict[str, Any]]
 
-_is_trained = operator.attrgetter("requires_grad")
+_is_trained, _gradient_of = operator.attrgetter("requires_grad"), operator.attrgetter("grad")
 
 
 class DifferentStatesError(Exception):
@@ -92,11 +92,12 @@ class Bucket:
         Returns:
             False, with nothing done, if some parameters have a dense gradient and others have not.
         """
-        grads = [tensor.grad for tensor in self.tensors]
-        self.shown = self._are_views(grads)
+        self.shown = self._shows()
         if self.shown:
             self._give_gradient()
-        elif all(grad is None for grad in grads):
+            return True
+        grads = [tensor.grad for tensor in self.tensors]
+        if all(grad is None for grad in grads):
             self.flat.grad = None
         elif any(grad is None or grad.layout != torch.strided for grad in grads):
             return False
@@ -115,24 +116,37 @@ class Bucket:
         if not self.shown:
             self._show()
 
-    def clear(self) -> None:
-        """Sets the gradients to zero, as views of `flat.grad`."""
+    def clear(self) -> bool:
+        """Sets the gradients to zero, as views of `flat.grad`.
+
+        Returns:
+            False, with nothing done, if they are not such views and the parameters no longer are views either.
+        """
+        if not self._shows():  # all of them: one may have been replaced
+            if not (torch.compiler.is_compiling() or self.holds()):
+                return False
+            self._show()
+        self.zero()
+        return True
+
+    def zero(self) -> None:
+        """Sets the long gradient to zero."""
         if torch.compiler.is_compiling():  # as a function of the gradient, which the loop that read it can then write
             self.gradient.copy_(torch.where(self.gradient > 0, 0.0, 0.0))
         else:
             self.gradient.zero_()
-        if not self._are_views([tensor.grad for tensor in self.tensors]):  # all of them: one may have been replaced
-            self._show()
 
     def _give_gradient(self) -> None:
         if self.flat.grad is not self.gradient:  # torch.compile takes no assignment, not even one that changes nothing
             self.flat.grad = self.gradient
 
-    def _are_views(self, grads: Sequence[Tensor | None]) -> bool:
-        if not all(map(operator.is_, grads, self._handed_out)):
+    def _shows(self) -> bool:
+        """Whether the parameters' gradients are the views."""
+        if torch.compiler.is_compiling():  # which cannot look at addresses
+            return all(tensor.grad is view for tensor, view in zip(self.tensors, self._handed_out, strict=True))
+        if not all(map(operator.is_, map(_gradient_of, self.tensors), self._handed_out)):
             return False
-        # the data of a gradient may have been exchanged; torch.compile cannot look at addresses
-        return torch.compiler.is_compiling() or _addresses(grads) == self._gradient_addresses
+        return _addresses(self._handed_out) == self._gradient_addresses  # data may have been exchanged
 
     def _show(self) -> None:
         if _addresses(self._handed_out) != self._gradient_addresses:
@@ -190,9 +204,20 @@ class FlatBuffers:
         """The long tensors that passes write their gradients to."""
         return [bucket.gradient for bucket in self.buckets]
 
-    def clear(self) -> None:
+    def clear(self) -> bool:
+        """Sets all gradients to zero; False if a bucket cannot (`Bucket.clear`)."""
+        if not all(bucket.clear() for bucket in self.buckets):  # its caller then clears them one by one
+            return False
+        self._zero_alone()
+        return True
+
+    def zero(self) -> None:
+        """The same right after a pass whose gradients are the buffers', when nobody else can have been there."""
         for bucket in self.buckets:
-            bucket.clear()
+            bucket.zero()
+        self._zero_alone()
+
+    def _zero_alone(self) -> None:
         for member in self._alone:
             if member.tensor.grad is not None:
                 member.tensor.grad.zero_()

@@ -423,10 +423,8 @@ class SAM(Optimizer):
         """As `torch.optim.Optimizer.zero_grad`. With `flat`, `set_to_none=False` is one operation and the next
         backward pass adds straight into the buffer; a tensor it does not reach then has a gradient of 0, not None."""
         buffers = None if self._layout is None else self._layout.buffers
-        if set_to_none or buffers is None or not (torch.compiler.is_compiling() or buffers.holds(self.state)):
+        if set_to_none or buffers is None or not buffers.clear():
             super().zero_grad(set_to_none)
-        else:
-            buffers.clear()
 
     def scratch(self) -> list[Tensor]:
         """Memory of this object that a step writes to and no later step reads: a graph that has captured a step has to
@@ -666,7 +664,7 @@ class SAM(Optimizer):
         """For a closure that does not clear them, since whoever calls `step` does so after it."""
         buffers = self._layout.buffers
         if buffers is not None and buffers.are_shown():
-            buffers.clear()
+            buffers.zero()
         else:
             super().zero_grad()
 
@@ -741,8 +739,9 @@ class SAM(Optimizer):
         device = self._device()
         if _is_recorded(device):
             return False
-        skips = self._now.base_has_stepped and self._base_skips and self._now.scaler is None
-        return device.type == "cpu" or not skips
+        if device.type == "cpu":
+            return True
+        return not (self._now.base_has_stepped and self._base_skips and self._now.scaler is None)
 
     # ---------------------------------------------------------------------------------------------- what is perturbed
 

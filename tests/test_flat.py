@@ -761,3 +761,34 @@ def test_clearing_reaches_a_gradient_that_somebody_replaced():
     last.grad = torch.full_like(last, 100.0)
     opt.zero_grad(set_to_none=False)
     assert not last.grad.any()
+
+
+def test_a_second_pass_that_clears_for_itself_reaches_gradients_replaced_in_the_first():
+    """The optimiser clears between passes on what the pass before left; a closure may have replaced any of it."""
+
+    def train_(opt, model):
+        plain = closure_of(opt, model, set_to_none=False)
+
+        def closure():
+            loss = plain()
+            with torch.no_grad():
+                model[0].weight.grad = model[0].weight.grad * 2  # a new tensor
+                model[2].weight.grad.data = model[2].weight.grad.data * 3  # new data of the same tensor
+            return loss
+
+        for step in range(4):
+            opt.step([closure] * (1 + step % 2))
+
+    both(train_)
+
+
+def test_gradients_are_cleared_where_the_weights_have_left_the_buffers():
+    model = network(dtype=torch.float32)
+    opt = SAM(model.parameters(), SGD, lr=0.1, flat=True)
+    closure_of(opt, model, set_to_none=False)()
+    opt.step(closure_of(opt, model, set_to_none=False))
+    model.double()
+    for w in model.parameters():
+        w.grad = torch.ones_like(w)
+    opt.zero_grad(set_to_none=False)
+    assert not any(w.grad.any() for w in model.parameters())
