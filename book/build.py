@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    source = stage(notebooks, verdicts, args.out)
+    source = stage(notebooks, verdicts, findings.full_scale(args.profile), args.out)
     if not build(source, args.out):
         return 1
     print(f"book: {(args.out / 'html' / 'index.html').resolve()}")
@@ -83,7 +83,9 @@ def is_executed(path: Path) -> bool:
 # ---------------------------------------------------------------------------------------------- staging
 
 
-def stage(notebooks: Sequence[Path], verdicts: Sequence[claims.Verdict], out: Path) -> Path:
+def stage(
+    notebooks: Sequence[Path], verdicts: Sequence[claims.Verdict], full: Sequence[claims.Verdict], out: Path
+) -> Path:
     source = out / "source"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(HERE, source, ignore=NOT_STAGED)
@@ -91,14 +93,14 @@ def stage(notebooks: Sequence[Path], verdicts: Sequence[claims.Verdict], out: Pa
     for notebook in notebooks:
         shutil.copy2(notebook, source / "notebooks")
     (source / "generated").mkdir()
-    for name, text in generated(verdicts).items():
+    for name, text in generated(verdicts, full).items():
         (source / "generated" / f"{name}.md").write_text(text, encoding="utf-8")
     return source
 
 
-def generated(verdicts: Sequence[claims.Verdict]) -> dict[str, str]:
+def generated(verdicts: Sequence[claims.Verdict], full: Sequence[claims.Verdict]) -> dict[str, str]:
     return {
-        "findings": findings.findings(verdicts, mark=badge),
+        "findings": findings.findings(verdicts, badge, full),
         "conventions": findings.conventions(),
         "rules": findings.rules(),
         "errata": findings.errata(),

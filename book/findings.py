@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from samlib import claims, published
+from samlib import claims, experiments, published
 from samlib.bench import table as bench_table
 from samlib.errors import InputError
 from samlib.rules.conventions import INFORMATION, NOT_RUN, OUTCOMES, Part
@@ -20,20 +20,56 @@ from samlib.store import open_store
 
 BENCH = Path(__file__).resolve().parent.parent / "results" / "bench"
 MOST_LINES = 4  # of statistics in one row of the table
+FULL_SCALE = "gpu"  # the profile whose verdicts stand beside those of another
 BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
 
 
 # ---------------------------------------------------------------------------------------------- verdicts
 
 
-def findings(verdicts: Sequence[claims.Verdict], mark: Callable[[str], str] = str) -> str:
-    """How many claims came out which way, then a row for each that was decided. `mark` dresses the outcome."""
-    decided = [verdict for verdict in verdicts if verdict.outcome != NOT_RUN]
+def findings(
+    verdicts: Sequence[claims.Verdict], mark: Callable[[str], str] = str, full: Sequence[claims.Verdict] = ()
+) -> str:
+    """How many claims came out which way, then a row for each that was decided.
+
+    Args:
+        mark: dresses the outcome.
+        full: the verdicts at full scale, which get a column as soon as one of them is decided.
+    """
+    beside = {verdict.claim: verdict for verdict in full if verdict.outcome != NOT_RUN}
+    decided = [verdict for verdict in verdicts if verdict.outcome != NOT_RUN or verdict.claim in beside]
+    words = "\n\n".join([tally(verdicts), *([tally_at_full_scale(full)] if full else [])])
     if not decided:
-        return f"{tally(verdicts)}\n"
+        return f"{words}\n"
     head = ["Claim", "Outcome", "Statistic, mean and 95 % interval", "Published"]
     rows = [finding(verdict, mark) for verdict in decided]
-    return f"{tally(verdicts)}\n\n{table(head, rows)}\n"
+    if beside:
+        head.insert(3, "At full scale")
+        for verdict, row in zip(decided, rows, strict=True):
+            row.insert(3, at_full_scale(beside.get(verdict.claim), mark))
+    return f"{words}\n\n{table(head, rows)}\n"
+
+
+def full_scale(profile: str) -> list[claims.Verdict]:
+    """The verdicts from the committed records at full scale, to stand beside those of another profile."""
+    if profile == FULL_SCALE:
+        return []
+    return claims.verdicts(FULL_SCALE, open_store(FULL_SCALE, "results"))
+
+
+def tally_at_full_scale(verdicts: Sequence[claims.Verdict]) -> str:
+    bound = [verdict for verdict in verdicts if experiments.decides(verdict.claim, verdict.profile)[1]]
+    decided = [verdict for verdict in bound if verdict.outcome != NOT_RUN]
+    left = f"{len(decided)} are decided, the runs of the others are pending" if decided else "none is decided yet"
+    return f"Of the {len(bound)} claims that have runs at full scale, the profile `{FULL_SCALE}`, {left}."
+
+
+def at_full_scale(verdict: claims.Verdict | None, mark: Callable[[str], str]) -> str:
+    """The outcome at full scale and what it rests on; empty where nothing is decided."""
+    if verdict is None:
+        return ""
+    outcome, statistic = finding(verdict, mark)[1:3]
+    return f"{outcome}<br>{statistic}"
 
 
 def tally(verdicts: Sequence[claims.Verdict]) -> str:
@@ -205,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         verdicts = claims.verdicts(args.profile, open_store(args.profile, args.store))
-        text = replace_between_markers(args.file.read_text(encoding="utf-8"), findings(verdicts))
+        found = findings(verdicts, full=full_scale(args.profile))
+        text = replace_between_markers(args.file.read_text(encoding="utf-8"), found)
     except InputError as error:
         print(f"error: {args.file}: {error}", file=sys.stderr)
         return 2

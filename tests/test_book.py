@@ -5,6 +5,7 @@ import re
 import shutil
 import urllib.parse
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -140,12 +141,13 @@ def test_links_within_the_book_lead_to_a_page_and_a_place_on_it(pages):
 
 def test_the_findings_are_the_verdicts(pages):
     verdicts = claims.verdicts("quick", open_store("quick", "results"))
-    decided = [verdict for verdict in verdicts if verdict.outcome != "not run"]
+    beside = claims.verdicts("gpu", open_store("gpu", "results"))
     source = pages["intro"].path.read_text(encoding="utf-8")
     for outcome in OUTCOMES[:3]:
-        expected = sum(verdict.outcome == outcome for verdict in decided)
-        assert source.count(f'class="verdict verdict-{outcome.replace(" ", "-")}"') == expected
+        expected, more = (sum(verdict.outcome == outcome for verdict in found) for found in (verdicts, beside))
+        assert source.count(f'class="verdict verdict-{outcome.replace(" ", "-")}"') == expected + more
         assert f"{expected} {outcome}" in pages["intro"].words
+    assert findings.tally_at_full_scale(beside).replace("`", "") in pages["intro"].words
 
 
 def test_every_claim_has_its_rule_on_the_protocol_page(pages):
@@ -263,6 +265,40 @@ def test_a_finding_without_a_statistic_gives_its_reason():
 
 def test_nothing_decided_shows_no_empty_table():
     assert "|" not in findings.findings([verdict("not run")])
+
+
+def full(outcome: str) -> Verdict:
+    part = Part("plain", "sam - sgd of test_accuracy_pct", 6.5, 6.0, 7.0, 10, "supports")
+    return replace(verdict(outcome), profile="gpu", miniature=False, parts=(part,))
+
+
+def test_a_verdict_at_full_scale_stands_beside_the_miniature_once_it_is_there():
+    alone = findings.findings([verdict("inconclusive")])
+    pending = findings.findings([verdict("inconclusive")], full=[full("not run")])
+    assert pending.splitlines()[-1] == alone.splitlines()[-1]
+    assert "Of the 1 claims that have runs at full scale, the profile `gpu`, none is decided yet." in pending
+    lines = findings.findings([verdict("inconclusive")], full=[full("reproduced")]).splitlines()
+    assert lines[-3].split(" | ")[3] == "At full scale"
+    assert lines[-1].split(" | ")[1] == "inconclusive<br>*miniature*"
+    assert lines[-1].split(" | ")[3].startswith(r"reproduced<br>plain: sam - sgd of test\_accuracy\_pct: 6.5 \[6, 7\]")
+    assert lines[0].startswith("Of 1 claims on the profile `quick`")
+    assert "`gpu`, 1 are decided, the runs of the others are pending." in lines[2]
+
+
+def test_a_claim_without_a_verdict_at_full_scale_has_an_empty_place_there():
+    other = replace(verdict("reproduced"), claim="coldenhoff-a-sam-beats-sgd-per-seed")
+    lines = findings.findings([verdict("inconclusive"), other], full=[full("reproduced")]).splitlines()
+    assert [line.split(" | ")[3] == "" for line in lines[-2:]] == [False, True]
+
+
+def test_a_claim_decided_at_full_scale_alone_has_its_row():
+    lines = findings.findings([verdict("not run", parts=())], full=[full("reproduced")]).splitlines()
+    assert lines[-1].split(" | ")[1:4:2] == ["not run<br>*miniature*", lines[-1].split(" | ")[3]]
+
+
+def test_full_scale_does_not_stand_beside_itself():
+    assert findings.full_scale("gpu") == []
+    assert {found.profile for found in findings.full_scale("quick")} == {"gpu"}
 
 
 @pytest.mark.parametrize("template", ["no marker", "{END} {BEGIN}", "{BEGIN} {BEGIN} {END}", "{BEGIN} {END} {END}"])

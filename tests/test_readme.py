@@ -20,7 +20,8 @@ EXAMPLE = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL).group(1)
 
 def test_the_table_of_findings_is_drawn_from_the_committed_records():
     verdicts = claims.verdicts("quick", open_store("quick", "results"))
-    assert findings.replace_between_markers(README, findings.findings(verdicts)) == README
+    found = findings.findings(verdicts, full=findings.full_scale("quick"))
+    assert findings.replace_between_markers(README, found) == README
 
 
 def test_the_example_trains_a_model():
