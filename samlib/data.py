@@ -27,9 +27,10 @@ DIGITS_SPLIT_SEED = 12345
 FIELDS = ("train_images", "train_labels", "test_images", "test_labels")  # of an npz, with `classes`
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Images:
-    """A data set as it lies on disk: images (N, height, width, channels) and labels (N,), both uint8."""
+    """A data set as it lies on disk: images (N, height, width, channels) and labels (N,), both uint8. Equal to itself
+    alone, so that what follows from it can be kept."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -133,8 +134,9 @@ def with_label_noise(labels: Tensor, share: float, num_classes: int, rng: torch.
     return noisy
 
 
+@lru_cache(maxsize=1)  # CIFAR takes seconds, and a sweep asks for it at the start of every run and measure
 def scaled(images: Images, scaling: str) -> tuple[Tensor, Tensor]:
-    """Training and test inputs as float32 (n, channels, height, width).
+    """Training and test inputs as float32 (n, channels, height, width); others read them too, so copy what is changed.
 
     "standardize" takes its mean and sd per channel over all training images of the data set, before a seed draws from
     them. Images that a seed validates on or leaves out are among them, test images are not; so the inputs are the same
@@ -153,6 +155,7 @@ def scaled(images: Images, scaling: str) -> tuple[Tensor, Tensor]:
     return (train - mean) / sd, (test - mean) / sd
 
 
+@lru_cache(maxsize=4)
 def scaling_constants(images: Images, scaling: str) -> tuple[Tensor, Tensor]:
     """Mean and sd per channel, in units of the largest pixel value: what `scaled` subtracts, and then divides by."""
     channels = images.train_images.shape[-1]

@@ -77,6 +77,14 @@ def test_scalings():
     torch.testing.assert_close(standard.std(), torch.tensor(1.0), atol=1e-5, rtol=0)
 
 
+def test_images_are_scaled_once_for_all_seeds():
+    data.scaled.cache_clear()
+    first, second = (data.load(DataSpec("digits", scaling="unit"), seed) for seed in (0, 1))
+    assert data.scaled.cache_info().misses == 1
+    assert torch.equal(first.test.inputs, second.test.inputs)
+    assert not torch.equal(first.train.inputs, second.train.inputs)
+
+
 @pytest.mark.parametrize(("drop_last", "sizes"), [(True, [4, 4]), (False, [4, 4, 2])])
 def test_batches_cover_an_epoch_once(drop_last, sizes):
     found = list(data.batches(10, 4, drop_last, data.generator(0, "order")))
