@@ -7,16 +7,16 @@ is a string or a frame of strings, the same on every machine for the same record
 import math
 import statistics
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from samlib import experiments, plots, published, stats
-from samlib.claims import Verdict, part_text
+from samlib.claims import Verdict, applied, part_text
 from samlib.experiments import tuning
 from samlib.experiments.tuning import Choice
-from samlib.rules import RULES
 from samlib.rules.conventions import FINISHED, INFORMATION, NOT_RUN, Part
 from samlib.rules.precision import LEAST_COSINE, RHO, SAM, SGD
 from samlib.stats import Interval
@@ -82,7 +82,7 @@ def rules_text(claims: Iterable[str], frame: pd.DataFrame, study: Study | None =
     lines = []
     for claim in claims:
         miniature = study is None or not experiments.published_scale(study.stem, study.profile, claim)
-        outcome, parts, reason = RULES[claim](frame, miniature)
+        outcome, parts, reason = applied(claim, frame, miniature)
         lines += [f"- the rule of `{claim}` would say: {outcome}", *(f"    - {part_text(part)}" for part in parts)]
         lines.append(f"    - {reason}")
     return "\n".join(lines)
@@ -507,6 +507,13 @@ def beside_the_paper(frame: pd.DataFrame, printed: Mapping[str, Mapping[str, flo
 
 
 # ---------------------------------------------------------------------------------------------- words and numbers
+
+
+def spread_text(a: Sequence[float], b: Sequence[float], absent: str = "none") -> str:
+    """Standard deviation of a over that of b, whose values share seeds, as `interval_text`."""
+    with warnings.catch_warnings():  # of two seeds a bootstrap leaves a single one, and NumPy says so
+        warnings.filterwarnings("ignore", "Degrees of freedom", RuntimeWarning)
+        return interval_text(stats.sd_ratio(a, b, paired=True), absent)
 
 
 def interval_text(interval: Interval, absent: str = "none") -> str:

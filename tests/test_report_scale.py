@@ -179,6 +179,18 @@ def test_rules_beside_a_full_scale_have_its_thresholds(tmp_path):
     assert heads[1].endswith("would say: inconclusive")
 
 
+def test_two_seeds_of_a_claim_about_spread_are_too_few_and_no_warning(tmp_path):
+    """A first visit to a GPU may end after two seeds: warnings are errors here, and in a page they would be printed."""
+    study = study_of_gpu(tmp_path, "asam_without_batchnorm")
+    for role, accuracies in (("sam", [66.0, 68.0]), ("asam", [66.0, 67.0])):
+        finish(study.store, arm_of(study, "published", role), accuracies)
+    claim = "coldenhoff-c-asam-lower-variance"
+    assert study.verdict(claim).outcome == "inconclusive"
+    assert "would say: inconclusive" in report.rules_text([claim], study.frame(["published"]), study)
+    assert report.spread_text([66.0, 67.0], [66.0, 68.0]).endswith("(n = 2)")
+    assert report.spread_text([], [], "pending") == "pending (n = 0)"
+
+
 # ---------------------------------------------------------------------------------------------- two epochs
 
 
