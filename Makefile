@@ -19,6 +19,8 @@ export OPENBLAS_NUM_THREADS := 1
 # a file per architecture), and no GPU.
 PINNED := env $(shell cat scripts/pinned.env scripts/pinned-$(shell uname -m).env 2>/dev/null)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval_sanitize.cfg
+# A process per core, each given whole files: a fixture of a file is then made once, and a notebook has one kernel.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 STRIP := --keep-output --keep-count \
 	--extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"
 
@@ -45,11 +47,11 @@ reproduce: env ## train, run the notebooks, build the book, compare with the com
 
 .PHONY: test
 test: env ## all tests: units, the stored notebooks (nbval), the book
-	$(PINNED) $(PY) -m pytest $(NBVAL) tests notebooks
+	$(PINNED) $(PY) -m pytest $(PARALLEL) $(NBVAL) tests notebooks
 
 .PHONY: test-notebooks
 test-notebooks: env ## only the stored notebooks: run each cell and compare with its stored output
-	$(PINNED) $(PY) -m pytest $(NBVAL) notebooks
+	$(PINNED) $(PY) -m pytest $(PARALLEL) $(NBVAL) notebooks
 
 .PHONY: book
 book: env ## build the book from the committed records and notebooks, into book/_build/html

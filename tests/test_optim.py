@@ -1300,7 +1300,8 @@ def test_second_order_is_refused_for_distributed_data_parallel(process_group):
 
 
 def refused(field, remedy, **settings_):
-    return pytest.param(settings_, field, remedy, id=str(settings_))
+    named = {name: getattr(value, "__name__", value) for name, value in settings_.items()}  # an id holds no address
+    return pytest.param(settings_, field, remedy, id=str(named))
 
 
 @pytest.mark.parametrize(
