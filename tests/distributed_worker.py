@@ -1,12 +1,14 @@
 """What torchrun starts for test_distributed.py: every case under DistributedDataParallel, on every rank.
 
-`torchrun ... distributed_worker.py FOLDER` writes a file per case to FOLDER, named by the case's number, with the list
-of the ranks' outcomes. Those of the cases before a crash are then known. The test imports the cases and their data
+`torchrun --nproc-per-node=4 distributed_worker.py FOLDER` runs them in four processes and then in the first two of
+these: to start a process takes longer than its cases. For each case it writes a file with the list of the ranks'
+outcomes, `outcome_file`. Those of the cases before a crash are then known. The test imports the cases and their data
 from here and runs them again in one process.
 """
 
 import faulthandler
 import math
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,8 +25,9 @@ from samlib.batchnorm import second_pass
 from samlib.optim import ASAM, SAM, AverageSAM
 
 # A rank whose partner is gone fails after the first, one that hangs elsewhere prints where after the second. Both are
-# far above the second or two that the cases take, for a machine that is busy.
-GROUP_TIMEOUT, RANK_TIMEOUT = 40, 80
+# far above the few seconds that the cases take, for a machine that is busy.
+GROUP_TIMEOUT, RANK_TIMEOUT = 40, 160
+WORLD_SIZES = (4, 2)
 STEPS, RELOAD_AT, BATCH = 5, 3, 24  # the reload comes between two ascents where every second step has one
 BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
@@ -282,10 +285,23 @@ def reloaded(trainer, folder):
     return fresh
 
 
+def outcome_file(folder, world, name):
+    return Path(folder, f"{world} processes, case {list(CASES).index(name)}.pt")
+
+
 def main(folder):
-    dist.init_process_group("gloo", timeout=timedelta(seconds=GROUP_TIMEOUT))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for number, (name, case) in enumerate(CASES.items()):
+    rank, master = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    for world in WORLD_SIZES:
+        if rank < world:
+            timeout = timedelta(seconds=GROUP_TIMEOUT)
+            store = dist.PrefixStore(f"{world} processes", dist.TCPStore(*master, is_master=False, timeout=timeout))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+            run_all(rank, world, folder)
+            dist.destroy_process_group()
+
+
+def run_all(rank, world, folder):
+    for name, case in CASES.items():
         outcomes = [None] * world if rank == 0 else None
         try:
             dist.gather_object(run(case, rank, world, folder), outcomes)
@@ -294,8 +310,7 @@ def main(folder):
             raise
         if rank == 0:
             torch.save(outcomes, folder / "unfinished")
-            (folder / "unfinished").rename(folder / f"{number}.pt")
-    dist.destroy_process_group()
+            (folder / "unfinished").rename(outcome_file(folder, world, name))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import math
 import subprocess
@@ -892,13 +893,16 @@ def last_commits(log: str) -> dict[str, str]:
 def sources_of(claim: str, read: Callable[[str], str]) -> claims.Sources:
     """The texts behind a rule; the wording says which experiment decides it."""
     wording = read("results/published/claims.yaml")
-    named = published.parse_claims(wording)
+    named = parsed(wording)
     if claim not in named:
         raise InputError(f"claim = {claim!r} is not in claims.yaml at this revision")
     stem = named[claim].experiment
     return claims.Sources(
         rules_text(stem, read), wording, read(f"samlib/experiments/{stem}.py"), read("samlib/stats.py")
     )
+
+
+parsed = functools.cache(published.parse_claims)  # a wording holds for many claims and commits
 
 
 def rules_text(stem: str, read: Callable[[str], str]) -> str:

@@ -1,7 +1,7 @@
 """Real processes, started by torchrun, over gloo: samlib.optim under DistributedDataParallel.
 
-All cases of distributed_worker.py run in one torchrun per number of processes. Here each is compared with the same
-training in one process, in float64. What is true under DistributedDataParallel:
+All cases of distributed_worker.py run in one torchrun, in four processes and then in two. Here each is compared with
+the same training in one process, in float64. What is true under DistributedDataParallel:
 
 - Plain closures give one ascent, shared by the ranks: SAM on the whole batch. With `no_sync` each rank ascends on its
   own: mSAM with one shard per rank, or per closure of a rank.
@@ -22,7 +22,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import BASE, CASES, RANK_TIMEOUT, STEPS, Case, Network, examples, factor, loss_at, optimizer_for
+from distributed_worker import (
+    BASE,
+    CASES,
+    RANK_TIMEOUT,
+    STEPS,
+    WORLD_SIZES,
+    Case,
+    Network,
+    examples,
+    factor,
+    loss_at,
+    optimizer_for,
+    outcome_file,
+)
 
 import samlib
 from samlib.batchnorm import second_pass
@@ -40,17 +53,19 @@ both_world_sizes = pytest.mark.parametrize("world", [2, 4])
 
 # ------------------------------------------------------------------------------------------------------ the processes
 
+RUNS = [(world, name) for world in WORLD_SIZES for name in CASES]  # in their order
+
 
 @cache
-def torchrun(world):
-    """The outcomes on every rank of the cases that finished, by name, and what the processes printed."""
+def torchrun():
+    """The outcomes on every rank of the cases that finished, by number of processes and name, and what was printed."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         same_samlib = str(Path(samlib.__file__).parents[1])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": same_samlib}
-        printed = output_of([*launcher, f"--nproc-per-node={world}", WORKER, folder], environment)
-        files = {name: Path(folder, f"{number}.pt") for number, name in enumerate(CASES)}
-        return {name: torch.load(file) for name, file in files.items() if file.exists()}, printed
+        printed = output_of([*launcher, f"--nproc-per-node={max(WORLD_SIZES)}", WORKER, folder], environment)
+        files = {(world, name): outcome_file(folder, world, name) for world, name in RUNS}
+        return {run: torch.load(file) for run, file in files.items() if file.exists()}, printed
 
 
 def output_of(command, environment):
@@ -69,12 +84,12 @@ def output_of(command, environment):
 
 def outcomes(name, world):
     """The outcome of a case on each rank; where there is none, a failure with the ranks' tracebacks."""
-    finished, printed = torchrun(world)
-    if name not in finished:
-        stopped_in = list(CASES)[len(finished)]
-        reason = printed if name == stopped_in else "its failure shows the tracebacks of the ranks"
-        pytest.fail(f"{world} processes: the run stopped in case {stopped_in!r}\n{reason}", pytrace=False)
-    return finished[name]
+    finished, printed = torchrun()
+    if (world, name) not in finished:
+        stopped_in = RUNS[len(finished)]
+        reason = printed if (world, name) == stopped_in else "its failure shows the tracebacks of the ranks"
+        pytest.fail("the run stopped with {} processes in case {!r}\n{}".format(*stopped_in, reason), pytrace=False)
+    return finished[world, name]
 
 
 # ---------------------------------------------------------------------------------------------- the same in one process
