@@ -6,10 +6,11 @@ import statistics
 
 import pandas as pd
 import pytest
+import torch
 
-from samlib import experiments, plots, published, report
+from samlib import experiments, models, plots, published, report
 from samlib import spec as specs_of
-from samlib.experiments import Arm, asam_without_batchnorm, digits, optimizer_table, sam_vs_sgd
+from samlib.experiments import Arm, asam_without_batchnorm, cifar, digits, optimizer_table, precision, sam_vs_sgd
 from samlib.store import Record, Store
 from samlib.study import Study, open_study
 
@@ -289,3 +290,27 @@ def test_figures_without_finished_runs_say_so(tmp_path):
         assert [text.get_text() for text in figure.axes[0].texts] == ["No finished runs yet."]
     nothing = plots.paired_differences(frame, "test_loss", [("sam", "sgd")])
     assert [text.get_text() for text in nothing.axes[0].texts] == ["No cell has both of the methods compared."]
+
+
+# ---------------------------------------------------------------------------------------------- sentences with numbers
+
+
+def test_pages_say_how_long_gpu_trains():
+    """Page 07 says a tenth of the paper's 200 epochs, page 14 thirty epochs, page 03 an eighth for the choice of radii:
+    where this changes, change the sentences too."""
+    assert cifar.BOCA.train.epochs == 10 * optimizer_table.GPU_SGD.train.epochs
+    assert precision.CIFAR.train.epochs == 30
+    assert cifar.without_norm("gpu").train.epochs == 8 * asam_without_batchnorm.GPU_TUNING_BASE.train.epochs
+
+
+def test_weights_at_the_start_are_as_page_03_says():
+    """Excess kurtosis -1.2 and sd 1/sqrt(27) for the miniature, none and sqrt(2 / (64 * 49)) for the ResNet-18."""
+    for spec, shape, draws, sd, kurtosis in (
+        (asam_without_batchnorm.WITHOUT.model, (1, 8, 8), 40, 1 / math.sqrt(27), -1.2),
+        (cifar.without_norm("gpu").model, (3, 32, 32), 2, math.sqrt(2 / (64 * 7 * 7)), 0.0),
+    ):
+        models_of = [models.build(spec, shape, 10, torch.Generator().manual_seed(seed)) for seed in range(draws)]
+        first = [next(weight for weight in model.parameters() if weight.ndim == 4) for model in models_of]
+        weights = torch.cat([weight.detach().flatten() for weight in first]).double()
+        assert weights.std().item() == pytest.approx(sd, rel=0.03)
+        assert ((weights / sd) ** 4).mean().item() - 3 == pytest.approx(kurtosis, abs=0.1)
