@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", type=int, help="worker processes (default: one per core, one on a GPU)")
     run.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     run.add_argument("--graph", action="store_true", help="one CUDA graph per training step (not yet proven on a GPU)")
+    run.add_argument("--compile", action="store_true", help="passes by torch.compile (not yet proven on a GPU)")
+    run.add_argument("--side-by-side", type=int, default=1, metavar="N", help="train N runs at a time on one GPU")
     run.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="a variation of your own: other seeds")
     run.add_argument(
         "--override",
@@ -150,12 +152,13 @@ def run_pending(options: argparse.Namespace) -> int:
     known = [known_store(options.profile, name) for name in options.known]
     if options.probe or not options.dry_run:
         require_device(options.profile, options.device)
-    if options.graph:
-        os.environ["SAMLIB_GRAPH"] = "1"
+    for name in ("graph", "compile"):
+        if getattr(options, name):
+            os.environ[f"SAMLIB_{name.upper()}"] = "1"
     varied = options.seeds, read_overrides(options.override)
     specs = chosen_specs(options.profile, options.experiment, options.only, options.tuning, *varied)
     if options.probe:
-        measure_speed(specs, store, known, options.device)
+        measure_speed(specs, store, known, options)
     if options.dry_run:
         print_plan(specs, store, known, limit, options)
         return 0
@@ -170,6 +173,7 @@ def run_pending(options: argparse.Namespace) -> int:
             speed=known_speed(options, [store, *known]) if limit < math.inf else None,
             titles=experiments.titles(chosen_arms(options.profile, options.experiment, True, *varied)),
             after=refresh,
+            side_by_side=options.side_by_side,
         )
     total = summary.done + summary.diverged + len(summary.failed)
     print(
@@ -211,13 +215,14 @@ def print_plan(
     print(estimate.report(rows, options.profile, limit))
 
 
-def measure_speed(specs: Sequence[Spec], store: Store, known: Sequence[Store], device: str | None) -> None:
+def measure_speed(specs: Sequence[Spec], store: Store, known: Sequence[Store], options: argparse.Namespace) -> None:
     from samlib import probe, sweep
 
     store.check_writable()
     sweep.put_aside_unusable(store)
     with sweep.one_thread():
-        for line in probe.probe(pending(specs, store, known), store, device):
+        left, side_by_side = pending(specs, store, known), options.side_by_side
+        for line in probe.probe(left, store, options.device, side_by_side=side_by_side):
             print(line, flush=True)
 
 

@@ -1,4 +1,6 @@
-"""Measures how fast this machine trains: some timed steps of every network, method and precision that is pending."""
+"""Measures how fast this machine trains: some timed steps of every network, method and precision that is pending, of as
+many trainings side by side as there will be.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +13,7 @@ import torch
 from samlib import provenance, train
 from samlib import spec as specs_of
 from samlib.estimate import ONE_CORE, ONE_GPU, Speed, setting
+from samlib.lanes import on, own_stream
 from samlib.spec import RunSpec, Spec
 from samlib.store import Store
 
@@ -21,7 +24,9 @@ WARM_UP = 5  # further steps that are not timed
 ENDLESS = {"epochs": 10**6, "eval_every": 10**6, "updates": None, "ascent_from": 0.0, "ascent_until": 1.0}
 
 
-def probe(specs: Sequence[Spec], store: Store, device: str | None = None, seconds: float = SECONDS) -> Iterator[str]:
+def probe(
+    specs: Sequence[Spec], store: Store, device: str | None = None, seconds: float = SECONDS, side_by_side: int = 1
+) -> Iterator[str]:
     """Times each setting of the training runs among `specs` and keeps what it finds in the store; yields a line on
     each. What does not fit into the time or the memory is left out, and said to be.
 
@@ -42,7 +47,7 @@ def probe(specs: Sequence[Spec], store: Store, device: str | None = None, second
             yield f"{name}: not measured, the time is over"
             continue
         try:
-            found = images_per_second(spec, chosen, min(SETTING_SECONDS, left / (len(waiting) + 1)))
+            found = images_per_second(spec, chosen, min(SETTING_SECONDS, left / (len(waiting) + 1)), side_by_side)
         except RuntimeError as error:  # out of memory, or a network that this device cannot run
             yield f"{name}: not measured, {str(error).splitlines()[0]}"
             continue
@@ -50,27 +55,37 @@ def probe(specs: Sequence[Spec], store: Store, device: str | None = None, second
         yield f"{name}: {found:,.0f} images per second"
 
 
-def images_per_second(spec: RunSpec, device: torch.device, seconds: float) -> float:
-    """Of at least one step of a training, and of as many as the time allows after the first ones, which are not timed
-    (the very first one, which may compile, does not count at all)."""
+def images_per_second(spec: RunSpec, device: torch.device, seconds: float, side_by_side: int = 1) -> float:
+    """Of all trainings together, of at least one step of each, and of as many as the time allows after the first ones,
+    which are not timed (the very first one, which may compile, does not count at all)."""
     endless = specs_of.override(spec, ENDLESS)
     with torch.random.fork_rng():
-        training = train.Training.start(endless, device)
-        steps = training.batches_left()
-        training.take(next(steps))
+        trainings = [train.Training.start(endless, device) for _ in range(side_by_side)]
+        rounds = _rounds(trainings, [own_stream(device, side_by_side) for _ in trainings])
+        synchronize(device)  # the streams do not wait for the images
+        next(rounds)
         ends = time.monotonic() + seconds
-        for indices in islice(steps, WARM_UP):
-            training.take(indices)
+        for _ in islice(rounds, WARM_UP):
             if time.monotonic() > ends - seconds / 2:
                 break
         synchronize(device)
-        begun, first = time.monotonic(), training.step
-        for indices in steps:
-            training.take(indices)
+        begun, first = time.monotonic(), trainings[0].step
+        for _ in rounds:
             if time.monotonic() > ends:
                 break
         synchronize(device)
-    return (training.step - first) * spec.train.batch_size / (time.monotonic() - begun)
+    steps = side_by_side * (trainings[0].step - first)
+    return steps * spec.train.batch_size / (time.monotonic() - begun)
+
+
+def _rounds(trainings: "Sequence[train.Training]", streams: "Sequence[torch.cuda.Stream | None]") -> Iterator[None]:
+    """A step of each training in turn, without end."""
+    lanes = [(training, training.batches_left(), stream) for training, stream in zip(trainings, streams, strict=True)]
+    while True:
+        for training, batches, stream in lanes:
+            with on(stream):
+                training.take(next(batches))
+        yield
 
 
 def keep(spec: RunSpec, found: float, store: Store, device: torch.device) -> None:

@@ -1,4 +1,5 @@
-"""Runs many specs: in this process, or in a bounded pool of worker processes with one torch thread each.
+"""Runs many specs: in this process, trainings side by side if wanted, or in a bounded pool of worker processes with one
+torch thread each.
 
 What is finished is on disk at once, so a sweep can be stopped anywhere (Ctrl-C, kill, power) and the same command goes
 on. In one process each measure follows the runs it needs, and there may be a deadline. PyTorch is imported only when
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
 from multiprocessing.connection import wait as wait_for
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -29,6 +30,9 @@ from samlib.errors import InputError
 from samlib.estimate import Speed
 from samlib.spec import RunSpec, Spec
 from samlib.store import NUMERICS, Record, RecordError, Store, parent_run, pending
+
+if TYPE_CHECKING:
+    from samlib.lanes import Lane
 
 POLL_SECONDS = 0.2  # between two looks at whether Ctrl-C was pressed
 POOL_RESTARTS = 2  # a worker may be killed from outside; the same sweep starts a new pool this often
@@ -71,6 +75,7 @@ def run_all(
     speed: Speed | None = None,
     titles: Mapping[str, str] | None = None,
     after: Callable[[Record], None] | None = None,
+    side_by_side: int = 1,
 ) -> Summary:
     """Runs every spec that has no usable record in `store` or in the stores `known`.
 
@@ -81,6 +86,8 @@ def run_all(
         speed: what is known of this machine, for these estimates.
         titles: what to call a run while it runs, by key.
         after: called with each record.
+        side_by_side: trainings that this process makes a step of in turn; more than 1 pays on a GPU that one of them
+            does not fill. No number depends on it.
 
     Raises:
         InputError: the store cannot be written, or a spec asks for what this machine does not have. Records finished
@@ -89,8 +96,12 @@ def run_all(
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers = {workers}: use 1 or more")
+    if side_by_side < 1:
+        raise InputError(f"side_by_side = {side_by_side}: use 1 or more")
     if deadline < math.inf and workers not in (None, 1):
         raise InputError(f"workers = {workers}: a sweep under a time limit runs in one process; leave it out")
+    if side_by_side > 1 and workers not in (None, 1):
+        raise InputError(f"workers = {workers}: trainings are side by side in one process; leave it out")
     store.check_writable()
     put_aside_unusable(store)
     summary, started = Summary(), time.perf_counter()
@@ -102,11 +113,14 @@ def run_all(
         clock = Clock(deadline, speed or Speed())
         clock.speed.know(specs)
         summary.too_long = sum(not isinstance(spec, RunSpec) and not clock.allows(spec) for spec in todo)
-        workers = 1 if deadline < math.inf else workers or default_workers(device, len(todo))
+        in_one = deadline < math.inf or side_by_side > 1
+        workers = 1 if in_one else workers or default_workers(device, len(todo))
         with Progress(todo, clock, titles or {}) as progress:
             here = workers == 1
             for record in (
-                _run_here(todo, store, device, clock, progress) if here else _run(todo, store, workers, device)
+                Here(todo, store, device, clock, progress, side_by_side).records()
+                if here
+                else _run(todo, store, workers, device)
             ):
                 summary.add(record)
                 progress.end(record)
@@ -182,21 +196,77 @@ class Clock:
         return self.left > self.setup + needed
 
 
-def _run_here(
-    specs: Sequence[Spec], store: Store, device: str | None, clock: Clock, progress: "Progress"
-) -> Iterator[Record]:
-    with one_thread():
-        for spec in parents_first(specs):
-            if not clock.allows(spec):
-                continue
-            progress.begin(spec)
-            begun = time.monotonic()
-            record = run_one(spec, store, device, clock, progress.during)
-            if record is not None:
-                clock.speed.learn(record)
-                if isinstance(spec, RunSpec):
-                    clock.setup = max(clock.setup, time.monotonic() - begun - record.wall_seconds)
-                yield record
+class Here:
+    """A sweep in this process: trainings side by side, a step of each in turn, and all else between their steps."""
+
+    def __init__(
+        self,
+        specs: Sequence[Spec],
+        store: Store,
+        device: str | None,
+        clock: Clock,
+        progress: "Progress",
+        side_by_side: int,
+    ) -> None:
+        self.waiting = {specs_of.key(spec): spec for spec in parents_first(specs)}
+        self.store, self.device, self.clock, self.progress = store, device, clock, progress
+        self.side_by_side = side_by_side
+        self.lanes: dict[str, Lane] = {}  # by the key of the run
+
+    def records(self) -> Iterator[Record]:
+        with one_thread(), plain_arithmetic(self.device):
+            while self.waiting or self.lanes:
+                while (key := self.startable()) is not None:
+                    yield from self.learnt(self.start(self.waiting.pop(key)))
+                yield from self.until_one_ends()
+
+    def startable(self) -> str | None:
+        """The key of the first that waits for no training, if there is room."""
+        if len(self.lanes) == self.side_by_side:
+            return None
+        to_come = self.lanes.keys() | self.waiting.keys()
+        return next((key for key, spec in self.waiting.items() if to_come.isdisjoint(specs_of.parents(spec))), None)
+
+    def start(self, spec: Spec) -> Record | None:
+        """Begins a training, or does all else at once, if there is time for it."""
+        if not self.clock.allows(spec):
+            return None
+        self.progress.begin(spec)
+        if not isinstance(spec, RunSpec):
+            return run_one(spec, self.store, self.device, self.clock, self.progress.during)
+        from samlib.lanes import Lane
+
+        deadline, report = self.clock.deadline, self.progress.during
+        self.lanes[specs_of.key(spec)] = Lane(spec, self.store, self.device, deadline, report, self.side_by_side)
+        return None
+
+    def until_one_ends(self) -> Iterator[Record]:
+        """Steps of all trainings in turn."""
+        count = len(self.lanes)
+        while count and len(self.lanes) == count:
+            for key, lane in list(self.lanes.items()):
+                record = self.step(lane)
+                if lane.ended:
+                    self.lanes.pop(key)
+                yield from self.learnt(record)
+
+    def step(self, lane: "Lane") -> Record | None:
+        """A step of one training, and its record if it was the last one."""
+        begun, began = lane.begun, time.monotonic()
+        try:
+            lane.turn()
+        except InputError:
+            raise
+        except Exception as error:
+            lane.ended, lane.record = True, failed(lane.spec, self.store, error)
+        if not begun:
+            self.clock.setup = max(self.clock.setup, time.monotonic() - began)
+        return lane.record
+
+    def learnt(self, record: Record | None) -> Iterator[Record]:
+        if record is not None:
+            self.clock.speed.learn(record)
+            yield record
 
 
 def run_one(
@@ -218,10 +288,15 @@ def run_one(
     except InputError:
         raise  # the same for every run of this machine: say so once and stop
     except Exception as error:
-        record = Record(specs_of.key(spec), specs_of.canonical(spec), "failed", numerics=NUMERICS)
-        record.error = f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
-        store.save(record)
-        return record
+        return failed(spec, store, error)
+
+
+def failed(spec: Spec, store: Store, error: Exception) -> Record:
+    """The record of a run that an exception ended."""
+    record = Record(specs_of.key(spec), specs_of.canonical(spec), "failed", numerics=NUMERICS)
+    record.error = f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
+    store.save(record)
+    return record
 
 
 def _has_models(
@@ -336,6 +411,16 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
+def plain_arithmetic(device: str | None) -> Iterator[None]:
+    """float32 inside, as in `train.run`."""
+    from samlib import train
+    from samlib.arithmetic import arithmetic
+
+    with arithmetic("fp32", train.choose_device(device)):
+        yield
+
+
+@contextmanager
 def _single_threaded_children() -> Iterator[None]:
     """Worker processes read these variables when they load their numerical libraries."""
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
@@ -360,7 +445,8 @@ class Progress:
         self.clock, self.titles = clock, titles
         self.costs = {specs_of.key(spec): clock.speed.estimate(spec).seconds for spec in specs}
         self.ended, self.cost, self.current, self.pace = 0, 0.0, "", ""
-        self.looked: tuple[float, int] | None = None  # when, and at which step of the current training
+        self.trainings: dict[int, Any] = {}  # those that go on, by their id
+        self.looked: tuple[float, int] | None = None  # when, and how many images they had seen
         self.on_terminal, self.said, self.shown = sys.stderr.isatty(), -math.inf, False
         self.bar = tqdm(
             total=sum(self.costs.values()),
@@ -385,25 +471,33 @@ class Progress:
         self.show(at_once=estimate.seconds > LINE_SECONDS)
 
     def during(self, training: Any) -> None:
-        """Called before each step of a training; looks at the first one and then once a second."""
-        now, spec = time.monotonic(), training.spec
-        if self.looked is not None and now - self.looked[0] < LOOK_SECONDS:
+        """Called before each step of a training; looks at the first one and then once a second at all that go on."""
+        now = time.monotonic()
+        if id(training) not in self.trainings:
+            self.trainings[id(training)], self.looked = training, None
+            self.bar.initial += self.done(training)  # in an earlier sweep: it says nothing of the time left
+        elif self.looked is not None and now - self.looked[0] < LOOK_SECONDS:
             return
-        done = self.costs.get(specs_of.key(spec), 0.0) * training.step / training.steps
-        if self.looked is None:
-            self.bar.initial += done  # in an earlier sweep: it says nothing of the time left
-        else:
-            images = (training.step - self.looked[1]) * spec.train.batch_size / (now - self.looked[0])
-            self.pace = f", epoch {training.epoch + 1}/{spec.train.epochs}, {images:,.0f} images/s"
-        self.looked, self.bar.n = (now, training.step), self.cost + done
+        images = sum(one.step * one.spec.train.batch_size for one in self.trainings.values())
+        if self.looked is not None:
+            others = f"{len(self.trainings)} side by side, " if len(self.trainings) > 1 else ""
+            epoch = f"epoch {training.epoch + 1}/{training.spec.train.epochs}"
+            self.pace = f", {others}{epoch}, {(images - self.looked[1]) / (now - self.looked[0]):,.0f} images/s"
+        self.looked, self.bar.n = (now, images), self.cost + sum(map(self.done, self.trainings.values()))
         self.show()
+
+    def done(self, training: Any) -> float:
+        """What of the cost of a training that goes on has been done."""
+        return self.costs.get(specs_of.key(training.spec), 0.0) * training.step / training.steps
 
     def end(self, record: Record) -> None:
         self.ended += 1
+        self.trainings = {i: one for i, one in self.trainings.items() if specs_of.key(one.spec) != record.key}
+        self.looked = None
         self.cost += self.costs[record.key]
         self.current = f"{self.titles.get(record.key, record.key)}: {record.status}"
         self.pace = f", {record.images_per_second:,.0f} images/s" if record.images_per_second else ""
-        self.bar.n = self.cost
+        self.bar.n = self.cost + sum(map(self.done, self.trainings.values()))
         self.show()
 
     def show(self, at_once: bool = False) -> None:

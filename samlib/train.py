@@ -5,15 +5,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +22,13 @@ from samlib import batchnorm, checks, data, models, optim, provenance
 from samlib import spec as specs_of
 from samlib.arithmetic import arithmetic
 from samlib.augment import Augmentation
+from samlib.closures import Closures, Mixed, StreamedClosures, can_stream, compiled, in_layout
 from samlib.errors import InputError
 from samlib.graph import GraphedStep, assign, make_static
 from samlib.half import is_half
 from samlib.measures import WeightLoss, asymmetry, connectivity, hessian, precision, sharpness, tails
 from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, OptimSpec, RunSpec, Spec
 from samlib.store import NUMERICS, Record, Store, parent_run, parent_spec
-from samlib.two_products import two_products
 
 Measured = tuple[dict[str, float], dict[str, list[float]]]  # values, and columns of equal length
 
@@ -39,6 +38,7 @@ SPLITS = ("train", "validation", "test")
 RESUMED = ("epoch", "step", "seconds", "history", "epoch_order", "losses", "skipped")
 CHECKPOINT = {*RESUMED, "numerics", "model", "optimizer", "random", "cuda_random", "draws"}
 ACTING = ("norm_ratio", "cosine", "unmoved_fraction")  # of the perturbation, at the precision of a run
+STREAMS = 4  # of the shards of a mini-batch, where a graph keeps the step
 
 # ---------------------------------------------------------------------------------------------- one run
 
@@ -50,6 +50,7 @@ def run(
     deadline: float = math.inf,
     report: Callable[["Training"], None] | None = None,
     graph: bool | None = None,
+    compile: bool | None = None,
 ) -> Record | None:
     """Turns a spec into its record and saves it. A run that was cut goes on from its checkpoint.
 
@@ -65,6 +66,9 @@ def run(
             step eagerly. It differs from the plain one by rounding. None: as the environment variable SAMLIB_GRAPH
             says, and not without it until `tests/test_graph_cuda.py` and `tests/test_train_cuda.py` have passed on a
             GPU.
+        compile: make the passes of a training in kernels of torch.compile, which takes a minute or so for the first run
+            of a network. It differs from the plain ones by rounding, and leaves out runs at an emulated precision, with
+            `replay_dropout` or `two_products`. None: as the environment variable SAMLIB_COMPILE says.
 
     Returns:
         The record; None for a training that the deadline cut.
@@ -76,15 +80,18 @@ def run(
     with arithmetic("fp32", chosen):  # but for the steps of a run of another precision
         match spec:
             case RunSpec():
-                record = train(spec, store, chosen, deadline, report, graph)
+                record = train(spec, store, chosen, deadline, report, graph, compile)
             case MeasureSpec():
                 record = measure(spec, store, chosen)
             case ConnectSpec():
                 record = connect(spec, store, chosen)
             case CheckSpec():
                 record = check(spec)
-    if record is None:
-        return None
+    return None if record is None else finish(record, store)
+
+
+def finish(record: Record, store: Store) -> Record:
+    """Saves the record of a run; its checkpoint has had its day."""
     store.save(record)
     store.checkpoint_path(record.key).unlink(missing_ok=True)
     return record
@@ -97,18 +104,44 @@ def train(
     deadline: float = math.inf,
     report: Callable[["Training"], None] | None = None,
     graph: bool | None = None,
+    compile: bool | None = None,
 ) -> Record | None:
     """Trains a model, keeps its weights, and returns its record; None where the deadline came first."""
-    checkpoint = store.checkpoint_path(specs_of.key(spec))
     with torch.random.fork_rng():  # dropout draws from the global generator
-        training = Training.start(spec, device, graph)
-        training.resume(checkpoint)
-        training.go_on(partial(training.save, checkpoint), deadline, report)
-        if training.status == "running":
-            return None
-        if training.status == "done":
-            save_tensors(store.weights_path(specs_of.key(spec)), training.model.state_dict())
-        return training.record()
+        steps = turns(spec, store, device, deadline, report, graph, compile)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+
+
+def turns(
+    spec: RunSpec,
+    store: Store,
+    device: torch.device,
+    deadline: float = math.inf,
+    report: Callable[["Training"], None] | None = None,
+    graph: bool | None = None,
+    compile: bool | None = None,
+    side_by_side: int = 1,
+) -> Generator[None, None, Record | None]:
+    """`train`, a step in each turn, so that trainings can go on side by side; returns at its end what `train` does.
+    torch's global generators have to be this training's own in each turn.
+
+    Args:
+        side_by_side: of how many trainings this is one; the record says so.
+    """
+    checkpoint = store.checkpoint_path(specs_of.key(spec))
+    training = Training.start(spec, device, graph, compile)
+    training.side_by_side = side_by_side
+    training.resume(checkpoint)
+    yield from training.turns(partial(training.save, checkpoint), deadline, report)
+    if training.status == "running":
+        return None
+    if training.status == "done":
+        save_tensors(store.weights_path(specs_of.key(spec)), training.model.state_dict())
+    return training.record()
 
 
 def measure(spec: MeasureSpec, store: Store, device: torch.device) -> Record:
@@ -320,8 +353,12 @@ class Training:
     epoch_order: Tensor  # the state of `order` from which the batches of this epoch were drawn
     augmentation: Augmentation
     draws: torch.Generator  # of the augmentation, on the device
+    forward: Callable[[Tensor], Tensor]  # the model, or the same compiled
     graph: bool = False
+    compiled: bool = False
+    side_by_side: int = 1
     graphed: GraphedStep | None = None
+    streams: list["torch.cuda.Stream"] = field(default_factory=list)  # of the shards of a graph
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -331,9 +368,13 @@ class Training:
     skipped: int = 0  # steps before this epoch that were skipped for a gradient that was not finite
 
     @classmethod
-    def start(cls, spec: RunSpec, device: torch.device, graph: bool | None = None) -> "Training":
+    def start(
+        cls, spec: RunSpec, device: torch.device, graph: bool | None = None, compile: bool | None = None
+    ) -> "Training":
         graph = os.environ.get("SAMLIB_GRAPH") == "1" if graph is None else graph
+        compile = os.environ.get("SAMLIB_COMPILE") == "1" if compile is None else compile
         graph = graph and not (spec.optim.is_hybrid or spec.train.replay_dropout)  # they have no one sequence
+        compile = compile and can_compile(spec, device)
         splits = load_splits(spec, device)
         model = build_model(spec, splits, device)
         torch.manual_seed(data.generator(spec.seed, "dropout").initial_seed())
@@ -343,7 +384,9 @@ class Training:
         order = data.generator(spec.seed, "order")
         draws = torch.Generator(device).manual_seed(data.generator(spec.seed, "augmentation").initial_seed())
         augmentation = Augmentation(**dataclasses.asdict(spec.augment))
-        training = cls(spec, device, splits, model, optimizer, order, order.get_state(), augmentation, draws, graph)
+        forward = compiled(model, spec.model) if compile else model
+        drawn = order, order.get_state(), augmentation, draws
+        training = cls(spec, device, splits, model, optimizer, *drawn, forward, graph, compile)
         if training.steps_per_epoch == 0:
             raise InputError(
                 f"train.batch_size = {spec.train.batch_size} is larger than the {len(splits.train)} training images: "
@@ -377,21 +420,33 @@ class Training:
         deadline: float = math.inf,
         report: Callable[["Training"], None] | None = None,
     ) -> None:
-        """Trains to the end or the deadline, calling `save` about once a minute and at the deadline, and `report`
-        before each step."""
-        saved = started = time.monotonic()
+        """Trains to the end or the deadline."""
+        for _ in self.turns(save, deadline, report):
+            pass
+
+    def turns(
+        self,
+        save: Callable[[], None],
+        deadline: float = math.inf,
+        report: Callable[["Training"], None] | None = None,
+    ) -> Iterator[None]:
+        """Trains to the end or the deadline, a step in each turn, calling `save` about once a minute and at the
+        deadline, and `report` before each step. Only turns count in `seconds`."""
+        saved = began = time.monotonic()
         for indices in self.batches_left():
             now = time.monotonic()
             if now > min(deadline, saved + CHECKPOINT_SECONDS):
-                self.seconds += now - started
+                self.seconds += now - began
                 save()
+                saved = began = time.monotonic()
                 if now > deadline:
                     return
-                saved = started = time.monotonic()
             if report is not None:
                 report(self)
             self.take(indices)
-        self.seconds += time.monotonic() - started
+            self.seconds += time.monotonic() - began
+            yield
+            began = time.monotonic()
 
     def batches_left(self) -> Iterator[Tensor]:
         """The indices of every mini-batch from this step on, for as long as the training runs."""
@@ -432,12 +487,14 @@ class Training:
     def as_graph(self, chosen: Tensor) -> GraphedStep:
         """The step of this training as a graph, made once."""
         if self.graphed is None:
+            if self.device.type == "cuda" and specs_of.num_shards(self.spec) > 1:
+                self.streams = [torch.cuda.Stream(self.device) for _ in range(STREAMS)]
             drawn = [self.draws] if self.augmentation.active else []
             step = partial(self.one_step, ascent=self.spec.optim.method != "sgd")
             self.graphed = GraphedStep(step, self.optimizer, [chosen], generators=drawn)
         return self.graphed
 
-    def augmented(self, chosen: Tensor, labels: Tensor) -> tuple[Tensor, "Mixed | None"]:
+    def augmented(self, chosen: Tensor, labels: Tensor) -> tuple[Tensor, Mixed | None]:
         """These training images, augmented, and what of others is mixed into them."""
         pixels = self.splits.pixels
         images = pixels.images[chosen]
@@ -454,15 +511,17 @@ class Training:
             inputs = self.splits.train.inputs[chosen]
         return self.step_on(inputs, labels, mixed, ascent)
 
-    def step_on(self, inputs: Tensor, labels: Tensor, mixed: "Mixed | None" = None, ascent: bool = True) -> Tensor:
-        shards = self.shards(inputs, labels, mixed, whole=not ascent)
-        if isinstance(self.optimizer, optim.SAM):
+    def step_on(self, inputs: Tensor, labels: Tensor, mixed: Mixed | None = None, ascent: bool = True) -> Tensor:
+        closures = self.closures(inputs, labels, mixed, whole=not ascent)
+        if self.graph and ascent and can_stream(self.spec, len(labels)):
+            loss = self.optimizer.step(StreamedClosures(closures, self.streams))
+        elif isinstance(self.optimizer, optim.SAM):
             loss = self.optimizer.step(
-                shards.closures, weights=shards.weights, replay_rng=self.spec.train.replay_dropout
+                closures.one_by_one, weights=closures.weights, replay_rng=self.spec.train.replay_dropout
             )
         else:
-            loss = self.optimizer.step(shards.closures[0])
-        return shards.perturbed_loss() if self.spec.train.logged_loss == "w+eps" else loss.detach()
+            loss = self.optimizer.step(closures.one_by_one[0])
+        return closures.perturbed_loss() if self.spec.train.logged_loss == "w+eps" else loss.detach()
 
     def log(self, running_loss: float) -> None:
         """Evaluates where an evaluation is due, and ends a training that is over or has diverged."""
@@ -504,8 +563,14 @@ class Training:
             data_digest=self.splits.digest,
             images_per_second=images / self.seconds,
             device=self.device,
-            made={"graph": True} if self.graph else {},
+            made=self.execution(),
         )
+
+    def execution(self) -> dict[str, bool | int]:
+        """How the steps were made, where it was not the plain way."""
+        made = {"graph": self.graph, "compiled": self.compiled}
+        made["side_by_side"] = self.side_by_side if self.side_by_side > 1 else 0
+        return {name: value for name, value in made.items() if value}
 
     def effective_perturbation(self) -> dict[str, float]:
         """How much of the perturbation here acts at the run's precision, on the first images in order (a mini-batch, or
@@ -515,9 +580,9 @@ class Training:
             return {}
         self.model.train()
         size = self.spec.train.batch_size
-        shards = self.shards(*(t[:size] for t in _tensors(self.splits.train)))
+        closures = self.closures(*(t[:size] for t in _tensors(self.splits.train)))
         with batchnorm.second_pass(self.model, "frozen"), torch.random.fork_rng():  # dropout draws as if nothing was
-            shards.closures[0]()
+            closures.one_by_one[0]()
         weights = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
         if self.spec.optim.second_pass == "two_products":  # eps is rounded alone, as if it were added to nothing
             weights = [torch.zeros_like(w) for w in weights]
@@ -525,9 +590,10 @@ class Training:
         self.optimizer.zero_grad(set_to_none=not self.graph)
         return found
 
-    def shards(self, *batch: Any, whole: bool = False) -> "Shards":
+    def closures(self, *batch: Any, whole: bool = False) -> Closures:
         """The closures of a step on these images, labels and what is mixed in."""
-        return Shards(self.spec, self.model, self.optimizer, *batch, whole=whole, in_place=self.graph)
+        how = {"whole": whole, "in_place": self.graph, "forward": self.forward}
+        return Closures(self.spec, self.model, self.optimizer, *batch, **how)
 
     def save(self, path: Path) -> None:
         save_tensors(
@@ -565,140 +631,6 @@ class Training:
         for name in RESUMED:
             setattr(self, name, state[name])
         self.losses = [loss.to(self.device) for loss in self.losses]  # a checkpoint is read on the CPU
-
-
-# ---------------------------------------------------------------------------------------------- the closures of a step
-
-
-class Mixed(NamedTuple):
-    """What mixup adds to a mini-batch: the labels of the images mixed in, (n,), and the shares the images themselves
-    have, (n,)."""
-
-    labels: Tensor
-    share: Tensor
-
-
-class Shards:
-    """The closures of one step: one per shard of the mini-batch, each called first at w and then at w + eps.
-
-    With `whole` there is one, of the whole mini-batch. With `in_place` gradients stay where they are, as a graph needs.
-    """
-
-    def __init__(
-        self,
-        spec: RunSpec,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        inputs: Tensor,
-        labels: Tensor,
-        mixed: Mixed | None = None,
-        whole: bool = False,
-        in_place: bool = False,
-    ) -> None:
-        self.spec, self.model, self.optimizer = spec, model, optimizer
-        self.inputs, self.labels, self.mixed, self.in_place = in_layout(inputs), labels, mixed, in_place
-        self.parts = [slice(0, len(labels))] if whole else self._split(len(labels))
-        sizes = [part.stop - part.start for part in self.parts]
-        self.weights = None if len(set(sizes)) == 1 else [size / len(labels) for size in sizes]
-        self._perturbed: list[Tensor] = []
-
-    @property
-    def closures(self) -> list[Callable[[], Tensor]]:
-        """Made when asked for: kept here they would keep the images alive until a garbage collection."""
-        return [partial(self.loss_and_gradient, part) for part in self.parts]
-
-    def loss_and_gradient(self, part: slice) -> Tensor:
-        """What every optimiser of samlib calls: clears the gradients, computes the loss, calls backward."""
-        self._clear_gradients()
-        with self._batch_norm(part), self.arithmetic():
-            with self._products():
-                loss = self._loss(part)
-            if self.spec.train.precision == "fp16":
-                self._backward_scaled(loss)
-            else:
-                loss.backward()
-        if getattr(self.optimizer, "at_perturbed_point", False):
-            self._perturbed.append(loss.detach())
-        elif self.spec.optim.clip == "both":
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optim.clip_norm)
-        return loss
-
-    def _clear_gradients(self) -> None:
-        if self.in_place:
-            self.optimizer.zero_grad(set_to_none=False)
-            return
-        for group in self.optimizer.param_groups:  # zero_grad takes a tenth of a small network's step
-            for parameter in group["params"]:
-                parameter.grad = None
-
-    def arithmetic(self) -> AbstractContextManager:
-        name, device = self.spec.train.precision, self.inputs.device
-        return nullcontext() if name == "fp32" and device.type == "cpu" else arithmetic(name, device)
-
-    def _products(self) -> AbstractContextManager:
-        """Two of each layer at w + eps, where the run asks for that; it does nothing at w."""
-        return two_products(self.optimizer) if self.spec.optim.second_pass == "two_products" else nullcontext()
-
-    def perturbed_loss(self) -> Tensor:
-        """The mean over shards of the loss at w + eps in the step just made; NaN if the step was skipped on the way."""
-        if len(self._perturbed) < len(self.parts):
-            return torch.full((), math.nan, device=self.labels.device)
-        weights = self.weights or [1 / len(self.parts)] * len(self.parts)
-        return torch.stack([weight * loss for weight, loss in zip(weights, self._perturbed, strict=True)]).sum()
-
-    def _split(self, size: int) -> list[slice]:
-        wanted = self.spec.optim.shard_size
-        if wanted is None:
-            count = min(self.spec.optim.num_shards, size)  # the last batch of an epoch may be smaller
-            edges = [round(index * size / count) for index in range(count + 1)]
-        else:
-            edges = [*range(0, size, wanted), size]
-        return [slice(start, stop) for start, stop in pairwise(edges)]
-
-    def _loss(self, part: slice) -> Tensor:
-        if self.spec.optim.shard_batchnorm == "batch":  # statistics of the whole mini-batch, loss of the shard
-            logits = self.model(self.inputs)[part]
-        else:
-            logits = self.model(self.inputs[part])
-        loss = self._cross_entropy(logits.float(), part)
-        if self.spec.optim.weight_decay_in == "loss":
-            squares = torch.stack([p.square().sum() for p in self.model.parameters()]).sum()
-            loss = loss + 0.5 * self.spec.optim.weight_decay * squares
-        return loss
-
-    def _cross_entropy(self, logits: Tensor, part: slice) -> Tensor:
-        loss_of = partial(functional.cross_entropy, label_smoothing=torch_smoothing(self.spec, logits.shape[1]))
-        if self.mixed is None:
-            return loss_of(logits, self.labels[part])
-        own, other = (loss_of(logits, labels[part], reduction="none") for labels in (self.labels, self.mixed.labels))
-        share = self.mixed.share[part]
-        return (share * own + (1 - share) * other).mean()
-
-    def _backward_scaled(self, loss: Tensor) -> None:
-        """Small gradients are zero in float16 unless they are scaled up; the optimiser sees them as they are. One that
-        overflows is not finite, and the optimiser skips its step."""
-        scale = self.spec.train.loss_scale
-        (loss * scale).backward()
-        torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / scale)
-
-    def _batch_norm(self, part: slice) -> AbstractContextManager:
-        if getattr(self.optimizer, "in_second_pass", False):
-            return batchnorm.second_pass(self.model, self.spec.optim.second_pass_batchnorm)
-        if self.spec.optim.shard_batchnorm == "batch" and part.start:
-            return batchnorm.second_pass(self.model, "frozen")  # the first shard's pass has counted the whole batch
-        return nullcontext()
-
-
-def torch_smoothing(spec: RunSpec, num_classes: int) -> float:
-    """PyTorch spreads epsilon over all K classes; spread over the K-1 wrong ones it is K/(K-1) times as much."""
-    epsilon = spec.train.label_smoothing
-    return epsilon if spec.train.smoothing_convention == "K" else epsilon * num_classes / (num_classes - 1)
-
-
-def in_layout(inputs: Tensor) -> Tensor:
-    """Images as the convolutions of a GPU like them: channels last. On a CPU as they are."""
-    images_on_gpu = inputs.is_cuda and inputs.ndim == 4
-    return inputs.contiguous(memory_format=torch.channels_last) if images_on_gpu else inputs
 
 
 # ---------------------------------------------------------------------------------------------- building blocks
@@ -761,6 +693,12 @@ class ClippedSGD(torch.optim.SGD):
         nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], self.clip_norm)
         super().step()
         return loss
+
+
+def can_compile(spec: RunSpec, device: torch.device) -> bool:
+    """Whether torch.compile may make the passes of a run: nothing in them is emulated, replayed or made in parts."""
+    emulated = device.type == "cpu" and spec.train.precision != "fp32"
+    return not (emulated or spec.train.replay_dropout or spec.optim.second_pass == "two_products")
 
 
 def ascends(spec: OptimSpec, step: int, steps: int) -> bool:

@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and that bad input writes nothing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 
 from samlib import __main__ as cli
-from samlib import experiments, pack, published, train
+from samlib import experiments, pack, published, sweep
 from samlib import spec as specs_of
 from samlib.experiments import Arm
 from samlib.spec import CheckSpec, DataSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
@@ -80,6 +81,22 @@ def test_a_graph_is_asked_for_by_name(study, monkeypatch):
     store = cli.open_store("quick", "runs")
     made = {record.spec["kind"]: record.environment.get("graph") for record in store.records()}
     assert made == {"train": True, "measure": None, "check": None}
+
+
+def test_runs_side_by_side_are_asked_for_by_name(study, capsys):
+    assert cli.main(["run", "--device", "cpu", "--side-by-side", "2", "--probe"]) == 0
+    store = cli.open_store("quick", "runs")
+    made = {record.spec["kind"]: record.environment.get("side_by_side") for record in store.records()}
+    assert made == {"train": 2, "measure": None, "check": None}
+    assert all(probe["images_per_second"] > 0 for probe in store.probes())
+    assert cli.main(["run", "--device", "cpu", "--side-by-side", "0"]) == cli.INPUT_ERROR
+    assert "side_by_side = 0: use 1 or more" in capsys.readouterr().err
+
+
+def test_compiled_passes_are_asked_for_by_name(study, monkeypatch):
+    monkeypatch.setenv("SAMLIB_COMPILE", "0")
+    assert cli.main(["run", "--compile", "--dry-run"]) == 0
+    assert os.environ["SAMLIB_COMPILE"] == "1"
 
 
 def test_list_keys_names_every_run_with_its_status(ran, capsys):
@@ -300,15 +317,15 @@ def test_publishing_counts_the_measures_of_half_precision_weights(study, capsys)
 
 
 def test_an_interrupted_sweep_leaves_an_export_of_what_is_finished(study, capsys, monkeypatch):
-    run, started = train.run, []
+    start, started = sweep.Here.start, []
 
-    def interrupted_at_the_third(*arguments):
-        started.append(arguments)
+    def interrupted_at_the_third(self, spec):
+        started.append(spec)
         if len(started) == 3:
             raise KeyboardInterrupt
-        return run(*arguments)
+        return start(self, spec)
 
-    monkeypatch.setattr("samlib.train.run", interrupted_at_the_third)
+    monkeypatch.setattr(sweep.Here, "start", interrupted_at_the_third)
     assert cli.main([*RUN, *HERE, "--export", "out"]) == 130
     assert cli.main(["import", "out", "--store", "./copy"]) == 0
     assert "2 records new" in capsys.readouterr().out

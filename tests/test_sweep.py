@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from samlib import spec as specs_of
-from samlib import sweep
+from samlib import sweep, train
 from samlib.errors import InputError
 from samlib.estimate import Speed
 from samlib.spec import (
@@ -77,11 +77,11 @@ def test_a_record_that_cannot_be_used_is_named_moved_aside_and_run_again(store, 
 
 
 def test_a_run_that_fails_is_a_record_with_its_error_and_is_tried_again(store, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("samlib.train.train", fail)
+        patch.setattr("samlib.train.Training.start", fail)
         summary = sweep.run_all(RUNS[:2], store, workers=1, device="cpu")
     assert summary.failed == [specs_of.key(spec) for spec in RUNS[:2]]
     assert "out of memory" in store.load(summary.failed[0]).error
@@ -205,10 +205,10 @@ def keys(*specs):
 
 def test_in_one_process_the_order_is_kept_and_runs_come_before_what_is_measured_of_them(store):
     line = dataclasses.replace(LINE, start=specs_of.key(SAME_IMAGES[0]), end=specs_of.key(SAME_IMAGES[1]))
-    specs = [MEASURES[1], RUNS[0], MEASURES[0], line, RUNS[2], *SAME_IMAGES, RUNS[1]]
+    specs = [MEASURES[1], RUNS[0], MEASURES[0], line, RUNS[2], ALL[-1], *SAME_IMAGES, RUNS[1]]
     summary, found = in_order(specs, store)
-    assert found == keys(RUNS[1], MEASURES[1], RUNS[0], MEASURES[0], *SAME_IMAGES, line, RUNS[2])
-    assert (summary.done, summary.left) == (8, 0)
+    assert found == keys(RUNS[1], MEASURES[1], RUNS[0], MEASURES[0], *SAME_IMAGES, line, RUNS[2], ALL[-1])
+    assert (summary.done, summary.left) == (9, 0)
 
 
 SAME_IMAGES = [dataclasses.replace(RUNS[0], seed=seed, split_seed=0) for seed in (10, 11)]
@@ -243,18 +243,78 @@ def test_a_run_that_diverged_is_not_trained_again_for_what_is_measured_of_it(sto
         store.record_path(specs_of.key(MEASURES[0])).unlink()
 
 
+# ------------------------------------------------------------------------------------------------ side by side
+
+DROPPING = [specs_of.override(TINY, {"dropout": 0.5, "epochs": 3 - seed, "seed": seed}) for seed in range(2)]
+
+
+@pytest.mark.parametrize("side_by_side", [2, 5])
+def test_side_by_side_runs_have_the_numbers_of_runs_alone(store, tmp_path, side_by_side):
+    """Also where they draw dropout masks in turn, and where one ends before the other."""
+    specs, alone = [*RUNS, *DROPPING, *MEASURES], Store(tmp_path / "alone", writable=True)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    summary = sweep.run_all(specs, store, device="cpu", side_by_side=side_by_side)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert summary.done == len(specs)
+    with sweep.one_thread():
+        for spec in specs:
+            train.run(spec, alone, "cpu")
+    assert numbers(store, specs) == numbers(alone, specs)
+    assert all(same(weights(store, spec), weights(alone, spec)) for spec in (*RUNS, *DROPPING))
+    made = [store.load(specs_of.key(spec)).environment.get("side_by_side") for spec in (RUNS[0], MEASURES[0])]
+    assert made == [side_by_side, None]
+    assert "side_by_side" not in alone.load(specs_of.key(RUNS[0])).environment
+
+
+def test_side_by_side_what_is_measured_waits_for_its_runs(store):
+    longest = specs_of.override(TINY, {"epochs": 9, "seed": 5})
+    line = dataclasses.replace(LINE, start=specs_of.key(SAME_IMAGES[0]), end=specs_of.key(SAME_IMAGES[1]))
+    specs = [longest, RUNS[0], MEASURES[0], *SAME_IMAGES, line]
+    _, found = in_order(specs, store, side_by_side=2)
+    assert found == keys(RUNS[0], MEASURES[0], *SAME_IMAGES, line, longest)
+
+
+def test_side_by_side_a_run_that_fails_is_one_of_them(store, monkeypatch):
+    def take(self, chosen):
+        if self.spec == RUNS[1] and self.step == 2:
+            raise RuntimeError("out of memory")
+        return whole(self, chosen)
+
+    whole = train.Training.take
+    monkeypatch.setattr(train.Training, "take", take)
+    summary = sweep.run_all(RUNS[:3], store, device="cpu", side_by_side=3)
+    assert (summary.done, summary.failed) == (2, keys(RUNS[1]))
+
+
+def test_side_by_side_each_has_its_share_of_the_time(store):
+    began = time.monotonic()
+    sweep.run_all(RUNS, store, device="cpu", side_by_side=3)
+    shares = [store.load(key).wall_seconds for key in keys(*RUNS)]
+    assert 0 < sum(shares) < time.monotonic() - began
+
+
+def test_side_by_side_is_one_process_and_at_least_one_run(store):
+    with pytest.raises(InputError, match="workers = 2"):
+        sweep.run_all(RUNS, store, workers=2, side_by_side=2)
+    with pytest.raises(InputError, match="side_by_side = 0"):
+        sweep.run_all(RUNS, store, side_by_side=0)
+    assert not store.folder.exists()
+
+
 # ------------------------------------------------------------------------------------------------ under a clock
 
 LONGER = [specs_of.override(TINY, {"train_size": 480, "epochs": 6, "seed": seed}) for seed in range(2)]
 ITS_MEASURE = MeasureSpec(specs_of.key(LONGER[0]), "adversarial_sharpness")
 
 
-def in_slices(specs, store, known=(), seconds=0.4):
+def in_slices(specs, store, known=(), seconds=0.4, side_by_side=1):
     """Sweeps until nothing is left; how many it took, and how many left a checkpoint behind."""
     sweep.run_all(RUNS[:1], dataclasses.replace(store, folder=store.folder / "warm"), workers=1, device="cpu")
     checkpoints = 0
     for count in range(1, 100):
-        summary = sweep.run_all(specs, store, known, device="cpu", deadline=time.monotonic() + seconds)
+        limit = {"deadline": time.monotonic() + seconds, "side_by_side": side_by_side}
+        summary = sweep.run_all(specs, store, known, device="cpu", **limit)
         checkpoints += any((store.folder / "checkpoints").glob("*.pt"))
         if not summary.left:
             return count, checkpoints
@@ -269,9 +329,10 @@ def same(one, two):
     return list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_cut_by_the_limit_and_gone_on_with_a_sweep_ends_as_one_without(store, tmp_path):
+@pytest.mark.parametrize("side_by_side", [1, 2])
+def test_cut_by_the_limit_and_gone_on_with_a_sweep_ends_as_one_without(store, tmp_path, side_by_side):
     specs = [*LONGER, ITS_MEASURE]
-    count, checkpoints = in_slices(specs, store)
+    count, checkpoints = in_slices(specs, store, side_by_side=side_by_side)
     assert count >= 2
     assert checkpoints >= 1
     whole = Store(tmp_path / "whole", writable=True)

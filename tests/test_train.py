@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from samlib import data, half, train
 from samlib import spec as specs_of
+from samlib.closures import Closures, torch_smoothing
 from samlib.errors import InputError
 from samlib.spec import (
     CheckSpec,
@@ -431,11 +432,11 @@ def test_a_run_of_which_an_epoch_skips_every_step_has_diverged(store):
 def test_no_step_leaves_its_images_behind():
     """They would stay until a garbage collection."""
     training = train.Training.start(change(num_shards=2), CPU)
-    shards = training.shards(*train._tensors(training.splits.train))
+    shards = training.closures(*train._tensors(training.splits.train))
     alive = weakref.ref(shards)
     gc.disable()
     try:
-        training.optimizer.step(shards.closures, weights=shards.weights)
+        training.optimizer.step(shards.one_by_one, weights=shards.weights)
         del shards
         assert alive() is None
     finally:
@@ -538,7 +539,7 @@ def test_clipped_sgd_takes_a_step_of_at_most_lr_times_the_norm():
 @pytest.mark.parametrize("convention", ["K", "K-1"])
 def test_smoothing_conventions(convention):
     spec = change(label_smoothing=0.1, smoothing_convention=convention)
-    found = train.torch_smoothing(spec, 10)
+    found = torch_smoothing(spec, 10)
     target = functional.one_hot(torch.tensor([0]), 10).double() * (1 - found) + found / 10
     expected = 0.1 / 10 if convention == "K" else 0.1 / 9
     assert target[0, 1].item() == pytest.approx(expected)
@@ -570,7 +571,7 @@ def test_second_pass_leaves_the_running_statistics(choice):
 def test_shards_of_a_batch():
     def sizes(spec, count):
         training = train.Training.start(spec, CPU)
-        shards = train.Shards(spec, training.model, training.optimizer, torch.zeros(count, 1, 8, 8), torch.zeros(count))
+        shards = Closures(spec, training.model, training.optimizer, torch.zeros(count, 1, 8, 8), torch.zeros(count))
         return [part.stop - part.start for part in shards.parts], shards.weights
 
     assert sizes(change(num_shards=4), 16) == ([4, 4, 4, 4], None)

@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional
 
 from samlib import data, train
 from samlib import spec as specs_of
 from samlib.arithmetic import arithmetic
 from samlib.augment import Augmentation
+from samlib.closures import Closures, StreamedClosures
 from samlib.optim import SAM
 from samlib.spec import AugmentSpec, DataSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
 from samlib.store import Store
@@ -243,9 +245,9 @@ def test_the_loss_scale_leaves_gradients_that_need_none_and_saves_those_that_do(
 
     def gradient(scale, factor):
         training = train.Training.start(change(method="sgd", precision="fp16", loss_scale=scale), CPU)
-        shards = train.Shards(training.spec, training.model, training.optimizer, *train._tensors(training.splits.train))
+        shards = Closures(training.spec, training.model, training.optimizer, *train._tensors(training.splits.train))
         shards._loss = lambda part, loss=shards._loss: loss(part) * factor
-        shards.closures[0]()
+        shards.one_by_one[0]()
         return torch.cat([p.grad.flatten() for p in training.model.parameters()])
 
     large = gradient(1024.0, 1.0).double()
@@ -314,6 +316,66 @@ def test_the_step_that_is_made_a_graph_is_the_plain_one_up_to_rounding(fields):
     assert graphed.graphed.calls == 9
     for name, column in plain.record().history.items():
         assert graphed.record().history[name] == pytest.approx(column, rel=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("fields", "streamed"),
+    [
+        ({"num_shards": 5}, 12),
+        ({"shard_size": 2, "method": "asam", "precision": "bf16"}, 12),
+        ({"num_shards": 4}, 0),  # of unequal sizes
+        ({"num_shards": 5, "shard_batchnorm": "batch"}, 0),
+        ({"num_shards": 5, "clip": "both"}, 0),
+        ({"num_shards": 5, "weight_decay_in": "loss"}, 0),
+        ({"num_shards": 5, "logged_loss": "w+eps"}, 0),
+        ({"num_shards": 5, "precision": "fp16"}, 0),
+        ({"num_shards": 5, "second_pass": "two_products", "precision": "bf16"}, 0),
+        ({"method": "average_sam", "num_shards": 5}, 0),
+        ({}, 0),
+    ],
+)
+def test_in_a_graph_shards_have_weights_of_their_own_where_they_can(monkeypatch, fields, streamed):
+    class Counted(StreamedClosures):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    made = []
+    monkeypatch.setattr(train, "StreamedClosures", Counted)
+    spec = change(**{"model.norm": "none"} if fields.get("second_pass") else {}, **fields)
+    plain, graphed = (train.Training.start(spec, CPU, graph) for graph in (False, True))
+    for training in (plain, graphed):
+        training.go_on(lambda: None)
+    assert len(made) == streamed
+    for name in ("running_loss", "train_loss", "test_loss"):
+        found, expected = (training.record().history[name] for training in (graphed, plain))
+        assert found == pytest.approx(expected, rel=1e-3 if spec.train.precision == "fp32" else 1e-2), name
+
+
+def test_compiled_passes_are_the_plain_ones_up_to_rounding(store, monkeypatch):
+    """And those of another run of the same network are there already."""
+    spec = change(**{"model.name": "mlp"}, drop_last=False, train_size=36)
+    plain = train.run(spec, store, "cpu")
+    monkeypatch.setenv("SAMLIB_COMPILE", "1")
+    counters.clear()
+    for graph in (False, True):
+        made = train.run(spec, store, "cpu", graph=graph)
+        assert made.environment["compiled"] is True
+        for name, column in plain.history.items():
+            assert made.history[name] == pytest.approx(column, rel=1e-4, abs=1e-6), name
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 4  # batches of 10 and of 6, at w and with frozen statistics at w + eps
+    train.run(dataclasses.replace(spec, seed=1), store, "cpu")
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_run_whose_passes_torch_cannot_compile_is_made_without():
+    for fields in ({"precision": "bf16"}, {"replay_dropout": True, "dropout": 0.5}):
+        assert not train.Training.start(change(**fields), CPU, compile=True).compiled
+    emulated = change(**{"model.norm": "none"}, precision="bf16", second_pass="two_products")
+    assert not train.can_compile(emulated, torch.device("cuda"))
+    assert train.Training.start(SMALL, CPU, compile=True).compiled
+    assert not train.Training.start(SMALL, CPU).compiled
 
 
 def test_a_run_with_a_graph_cut_in_mid_epoch_ends_as_if_it_had_not_been(store, tmp_path):
