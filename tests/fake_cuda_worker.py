@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from samlib import experiments, probe, train
+from samlib import experiments, probe, sweep, train
 from samlib import spec as specs_of
 from samlib.graph import GraphedStep, in_parallel, make_static
 from samlib.measures import connectivity
@@ -174,6 +174,19 @@ def grid(folder: Path) -> None:
     connectivity.on_grid(model, plane, 2, *both)
 
 
+def side_by_side(folder: Path) -> None:
+    """Three trainings as graphs, two at a time, the shards of each on streams of their own."""
+    changes = {"num_shards": 4, "clip": "none", "weight_decay_in": "update", "logged_loss": "w", "dropout": 0.2}
+    spec, store = specs_of.override(SMALL, changes), Store(folder / "lanes", writable=True)
+    os.environ["SAMLIB_GRAPH"] = "1"
+    try:
+        found = sweep.run_all([dataclasses.replace(spec, seed=seed) for seed in range(3)], store, side_by_side=2)
+    finally:
+        del os.environ["SAMLIB_GRAPH"]
+    assert (found.done, found.failed) == (3, []), [record.error for record in store.records()]
+    assert counts()["graphs"] == 3
+
+
 def a_probe(folder: Path) -> None:
     lines = list(probe.probe([SMALL], Store(folder / "probed", writable=True), "cuda", seconds=0.2))
     assert len(lines) == 1
@@ -261,7 +274,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
     for name, spec in lives.items():
         for graph in (False, True):
             yield f"life: {name}, graph {graph}", partial(a_life, spec, graph, folder)
-    for case in (measures, grid, a_probe):
+    for case in (measures, grid, side_by_side, a_probe):
         yield case.__name__, lambda case=case: {"all": counted(partial(case, folder))}
     for name, fault in FAULTS.items():
         yield f"planted: {name}", lambda fault=fault: {"all": planted(fault)}
