@@ -8,15 +8,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+import test_fake_cuda as fake_gpu
 import torch
 
 from samlib import __main__ as cli
+from samlib import closures
 from samlib.augment import Augmentation
-from samlib.bench import engine, plan, precision, protocol, run, speed, table, variants
+from samlib.bench import anchor, engine, plan, precision, protocol, run, speed, table, variants
 from samlib.bench.networks import NETWORKS, Workload
 from samlib.bench.protocol import Built, NotEqualError, Times
 from samlib.errors import InputError
@@ -25,6 +28,11 @@ CPU = torch.device("cpu")
 STEP_CASE = plan.Case("mlp", "MLP-404", 4, plan.STEP, rounds=2)
 BOOKKEEPING_CASE = replace(plan.sections("cpu")["bookkeeping"][0], rounds=2)
 ENGINE_CASE = plan.Case("engine", "small CNN", 16, plan.ENGINE_STEP, rounds=2, kind="engine")
+ANCHOR_CASE = plan.Case("anchor", plan.ANCHOR_NETWORK, 4, plan.ANCHOR_CPU, rounds=2, kind="anchor")
+
+
+def nothing():
+    return {name: [] for name in plan.PARTS}
 
 
 # ------------------------------------------------------------------------------------------------------- ratios
@@ -93,12 +101,12 @@ def test_each_round_runs_every_variant_once_in_an_order_of_its_own():
     collecting = []
     built = recorded("abcd", calls, lambda: collecting.append(gc.isenabled()))
     times = protocol.time_rounds(built, 20, seed=0)
-    rounds = [tuple(calls[start : start + 4]) for start in range(4 * protocol.WARM_UP, len(calls), 4)]
+    rounds = [tuple(calls[start : start + 4]) for start in range(0, len(calls), 4)]
     assert len(rounds) == 20
     assert all(sorted(one) == list("abcd") for one in rounds)
     assert len(set(rounds)) > 10
     assert {name: len(series) for name, series in times.items()} == dict.fromkeys("abcd", 20)
-    assert not any(collecting[4 * protocol.WARM_UP :])
+    assert not any(collecting)
     assert gc.isenabled()
 
 
@@ -106,7 +114,7 @@ def test_an_interrupt_keeps_the_rounds_so_far():
     calls = []
 
     def interrupt():
-        if len(calls) == 10:  # two variants: 4 calls to warm up, this is the third round
+        if len(calls) == 6:  # two variants: this is the third round
             os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
@@ -169,18 +177,54 @@ def test_a_variant_with_another_update_is_not_timed(monkeypatch, broken, case):
     monkeypatch.setitem(variants.OPTIMIZERS, plan.FLAT, partial(broken, **variants.SETTINGS))
     wrong = variants.Variant(partial(variants.two_step, name=plan.FLAT), plan.PLAIN)
     monkeypatch.setitem(variants.VARIANTS, plan.FLAT, wrong)
-    monkeypatch.setattr(protocol, "time_rounds", None)
-    found = {"rows": [], "equality": []}
-    case = replace(case, comparisons=(plan.Comparison(plan.FLAT, plan.PLAIN),))
-    with pytest.raises(NotEqualError, match=rf"{case.section}, {case.network}, SAM flat: .* off in float64"):
-        speed.measure(case, CPU, 0, found)
+    found = nothing()
+    speed.measure(replace(case, comparisons=(plan.Comparison(plan.FLAT, plan.PLAIN),)), CPU, 0, found)
+    (said,) = found["failures"]
+    assert said["variant"] == plan.FLAT
+    assert said["error"].startswith(f"NotEqualError: {case.section}, {case.network}, SAM flat: its update is ")
     assert found["rows"] == []
 
 
 def test_a_floor_that_moves_the_weights_is_not_timed(monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, plan.FLOOR, replace(variants.VARIANTS[plan.SGD], like=None))
-    with pytest.raises(NotEqualError, match="2 x forward-backward"):
-        speed.measure(STEP_CASE, CPU, 0, {"rows": [], "equality": []})
+    found, case = nothing(), replace(STEP_CASE, comparisons=(plan.Comparison(plan.SGD, plan.FLOOR),))
+    speed.measure(case, CPU, 0, found)
+    assert [row["variant"] for row in found["failures"]] == [plan.FLOOR]
+    assert found["rows"] == []
+
+
+def test_a_variant_that_does_not_run_is_said_to_and_the_others_are_timed(monkeypatch, capsys):
+    """In float64 it does, as a step that only fails when it is captured."""
+
+    def sgd(workload):
+        if workload.params[0].dtype == torch.float32:
+            raise RuntimeError("out of memory\nand more")
+        return variants.sgd(workload)
+
+    monkeypatch.setitem(variants.VARIANTS, plan.FUSED_SGD, replace(variants.VARIANTS[plan.FUSED_SGD], make=sgd))
+    found = nothing()
+    names = plan.Comparison(plan.FUSED_SGD, plan.FLOOR), plan.Comparison(plan.SGD, plan.FLOOR)
+    speed.measure(replace(STEP_CASE, comparisons=names), CPU, 0, found)
+    where = {"section": "mlp", "network": "MLP-404", "variant": plan.FUSED_SGD}
+    assert found["failures"] == [{**where, "error": "RuntimeError: out of memory"}]
+    assert [row["variant"] for row in found["rows"]] == [plan.SGD]
+    assert "in sgd" in capsys.readouterr().err  # where it was
+
+
+def test_what_fails_in_the_rounds_leaves_a_record(monkeypatch, tmp_path):
+    def broken(*_, **__):
+        raise NotEqualError("ours: its weights are no longer finite")
+
+    monkeypatch.setattr(speed, "time_rounds", broken)
+    options = {"device": "cpu", "only": ["bookkeeping"], "rounds": 2, "quick": True}
+    out = tmp_path / "part.json"
+    threads = torch.get_num_threads()
+    assert speed.main({"options": options, "indices": [0], "process": 0, "started": 0.0, "out": str(out)}) == 0
+    torch.set_num_threads(threads)
+    part = json.loads(out.read_text())
+    assert part["equality"]
+    (said,) = part["failures"]
+    assert (said["variant"], said["error"]) == (None, "NotEqualError: ours: its weights are no longer finite")
 
 
 def test_a_difference_that_is_not_a_number_is_not_equal():
@@ -258,9 +302,14 @@ def test_every_name_of_the_plan_is_known(device):
         if case.kind == "precision":
             assert case.network in precision.NETWORKS
             continue
-        if case.kind == "engine":
-            assert set(case.timed) <= set(engine.VARIANTS)
-            assert {engine.VARIANTS[name].like for name in case.timed} - {None} <= set(engine.VARIANTS)
+        if case.kind in speed.MODULES:
+            known = speed.MODULES[case.kind].VARIANTS
+            assert set(case.timed) <= set(known)
+            assert {known[name].like for name in case.timed} - {None} <= set(known)
+            assert case.network in [*engine.NETWORKS, plan.ANCHOR_NETWORK]
+            continue
+        if case.kind == "start":
+            assert (case.comparisons, case.processes) == ((), 2)
             assert case.network in engine.NETWORKS
             continue
         assert set(case.timed) <= set(variants.VARIANTS)
@@ -304,6 +353,13 @@ def test_the_goals_are_those_of_the_issue():
         "mSAM, 16 shards": 1.5,
         "mSAM, 16 shards, vmap compiled": 1.15,
     }
+
+
+def test_one_network_of_a_section_can_be_asked_for():
+    assert plan.cases("cuda", ["engine-fp16/ResNet-18"]) == [plan.sections("cuda")["engine-fp16"][3]]
+    assert len(plan.cases("cuda", ["engine-fp16/ResNet-18", "anchor"])) == 2
+    with pytest.raises(InputError, match=r"network = 'ResNet-19' .*WRN-40-2"):
+        plan.cases("cuda", ["engine-fp16/ResNet-19"])
 
 
 def test_the_mlp_has_404_tensors_and_a_signal():
@@ -366,11 +422,80 @@ def updates(case, names, steps=2):
 @pytest.mark.parametrize("network", ["MLP", "small CNN"])
 def test_every_variant_of_an_engine_makes_the_update_it_is_timed_for(network):
     """Also those that are timed on a GPU alone: without one, a graph is the same step made eagerly."""
-    found = updates(replace(ENGINE_CASE, network=network), engine.VARIANTS)
-    for name, variant in engine.VARIANTS.items():
+    known = {name: variant for name, variant in engine.VARIANTS.items() if not name.endswith(plan.COMPILED)}
+    found = updates(replace(ENGINE_CASE, network=network), known)
+    for name, variant in known.items():
         expected = found[variant.like] if variant.like else None
         assert protocol.difference(found[name], expected) <= variant.tolerance, name
         assert variant.like is None or found[name].norm() > 1e-3
+
+
+@pytest.fixture
+def dynamo_alone(monkeypatch):
+    """torch.compile without a compiler, which takes minutes. Yields the number of graphs it has made."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compile, backend="eager"))
+    torch.compiler.reset()
+    closures._compiled_call.cache_clear()
+    before = protocol.counters["stats"]["unique_graphs"]
+    yield lambda: protocol.counters["stats"]["unique_graphs"] - before
+    closures._compiled_call.cache_clear()
+
+
+@pytest.mark.parametrize("name", engine.COMPILED)
+def test_what_is_called_model_compiled_is_compiled(dynamo_alone, name):
+    updates(replace(ENGINE_CASE, network="MLP"), [name + plan.COMPILED])
+    assert dynamo_alone() == engine.VARIANTS[name].passes  # with running statistics and, in a second pass, without
+
+
+def test_with_a_compiled_model_everyone_makes_the_same_update_by_the_same_kernels(dynamo_alone):
+    names = [name + plan.COMPILED for name in engine.COMPILED if name != plan.GRAPH_SGD]
+    found = updates(ENGINE_CASE, [plan.LOOP_PLAIN, *names])
+    for name in names:
+        assert protocol.difference(found[name], found[plan.LOOP_PLAIN]) <= engine.VARIANTS[name].tolerance, name
+    assert dynamo_alone() == 2
+
+
+@pytest.mark.parametrize("name", [plan.ANCHOR, plan.GRAPH_SGD])
+def test_the_anchor_compiles_what_it_says(dynamo_alone, name):
+    built = anchor.build(name + plan.COMPILED, ANCHOR_CASE, CPU, torch.float32)
+    protocol.warm_up(built)
+    assert dynamo_alone() == 1
+
+
+def test_a_compiled_model_that_computes_something_else_is_not_timed(monkeypatch, dynamo_alone):
+    def call(model, inputs):
+        return 1.01 * model(inputs)
+
+    monkeypatch.setattr(closures, "_call", call)
+    names = plan.Comparison(plan.ENGINE + plan.COMPILED, plan.ENGINE), plan.Comparison(plan.LOOP_PEER, plan.ENGINE)
+    found = nothing()
+    speed.measure(replace(ENGINE_CASE, comparisons=names), CPU, 0, found)
+    assert [row["variant"] for row in found["failures"]] == [plan.ENGINE + plan.COMPILED]
+    assert [row["variant"] for row in found["rows"]] == [plan.LOOP_PEER]
+
+
+def test_warm_up_ends_when_nothing_is_compiled_any_more(dynamo_alone):
+    case = replace(ENGINE_CASE, network="MLP")
+    protocol.warm_up(engine.build(plan.ENGINE + plan.COMPILED, case, CPU, torch.float32))
+    made = dynamo_alone()
+    protocol.timed(engine.build(plan.LOOP_PLAIN + plan.COMPILED, case, CPU, torch.float32))
+    assert dynamo_alone() == made == 2
+
+
+@pytest.mark.parametrize(("way", "streamed"), [("graph", 0), ("streams", 2), ("eager", 0)])
+def test_shards_of_an_engine_s_graph_run_one_by_one_or_on_streams(monkeypatch, way, streamed):
+    made = []
+    streams = "samlib.train.StreamedClosures"
+    monkeypatch.setattr(streams, lambda *settings: made.append(settings) or closures.StreamedClosures(*settings))
+    updates(ENGINE_CASE, [plan.engine_msam(4, way)])
+    assert len(made) == streamed
+
+
+def test_images_alone_are_made_often_in_one_graph():
+    """As they are in the graph of a step, where no launch is theirs."""
+    built = [engine.build(name, ENGINE_CASE, CPU, torch.float32, 3) for name in (plan.INPUT, plan.INPUT_GRAPH)]
+    assert [one.steps for one in built] == [3, 3 * engine.REPEATED]
 
 
 @pytest.mark.parametrize(
@@ -383,10 +508,10 @@ def test_an_engine_is_not_timed_beside_a_peer_with_another_setting(monkeypatch, 
 
     other = replace(engine.VARIANTS[plan.LOOP_PEER], make=partial(engine.loop, make=peer))
     monkeypatch.setitem(engine.VARIANTS, plan.LOOP_PEER, other)
-    monkeypatch.setattr(protocol, "time_rounds", None)
-    found = {"rows": [], "equality": [], "engine": []}
-    with pytest.raises(NotEqualError, match=f"engine, small CNN, {plan.LOOP_PEER}: .* off in float64"):
-        speed.measure(ENGINE_CASE, CPU, 0, found)
+    found = nothing()
+    speed.measure(replace(ENGINE_CASE, comparisons=(plan.Comparison(plan.ENGINE, plan.LOOP_PEER),)), CPU, 0, found)
+    (said,) = found["failures"]
+    assert f"engine, small CNN, {plan.LOOP_PEER}: its update is " in said["error"]
     assert found["rows"] == found["engine"] == []
 
 
@@ -424,7 +549,7 @@ def test_the_steps_of_an_engine_go_on_over_the_end_of_an_epoch(monkeypatch):
     monkeypatch.setitem(engine.IMAGES, "cpu", 48)
     setting = engine.Setting(ENGINE_CASE, CPU, torch.float32)
     training = setting.training()
-    built = engine._built([training], training.take, setting, 7)
+    built = engine.built([training], training.take, setting, 7)
     built.run(protocol.Stopwatch(CPU))
     assert (training.epoch, training.step, training.history) == (2, 7, [])
 
@@ -475,27 +600,178 @@ def test_a_ceiling_does_its_work(monkeypatch):
 
 def test_the_goals_of_the_engine_on_a_gpu():
     sections = {name: cases for name, cases in plan.sections("cuda").items() if name.startswith("engine")}
-    assert list(sections) == ["engine", "engine-tf32", "engine-fp16", "engine-bf16"]
+    plain = ["engine", "engine-tf32", "engine-fp16", "engine-bf16"]
+    assert list(sections) == [*plain, *(f"{name}-compiled" for name in plain)]
     goals = {}
-    for cases in sections.values():
-        assert [case.network for case in cases] == list(plan.ENGINE_GPU)
+    for name, cases in sections.items():
+        assert [c.network for c in cases] == list(plan.COMPILED_GPU if "compiled" in name else plan.ENGINE_GPU)
         goals |= {(c.network, one.variant, one.reference): one.goal for c in cases for one in c.comparisons if one.goal}
     of_graph = dict.fromkeys([(name, plan.GRAPH, plan.GRAPH_SGD) for name in plan.ENGINE_GPU], 2.03)
+    of_compiled = [(n, plan.GRAPH + plan.COMPILED, plan.GRAPH_SGD + plan.COMPILED) for n in plan.COMPILED_GPU]
+    strongest = [plan.LOOP_PLAIN + plan.COMPILED, plan.LOOP_FAIR_PEER + plan.COMPILED]
     of_input = dict.fromkeys([(name, plan.INPUT_GRAPH, plan.GRAPH) for name in plan.ENGINE_GPU], 0.01)
     peers = {"ResNet-20": 0.25, "MobileNetV2": 0.45, "ResNet-18": 0.75, "WRN-28-10": 0.97}
     shards = {("ResNet-18", 4): 1.2, ("ResNet-18", 8): 1.4, ("WRN-28-10", 8): 1.15}
     assert goals == {
         **of_graph,
+        **dict.fromkeys(of_compiled, 2.03),
+        **{("ResNet-18", plan.GRAPH + plan.COMPILED, other): 0.85 for other in strongest},
         **of_input,
         **{(name, plan.GRAPH, plan.LOOP_FAIR_PEER): goal for name, goal in peers.items()},
         **{
             (name, plan.engine_msam(count, way), plan.GRAPH): goal
             for (name, count), goal in shards.items()
-            for way in (("graph",) if name == "WRN-28-10" else ("graph", "streams"))
+            for way in ("graph", "streams")
         },
         ("ResNet-20", plan.SIDE_BY_SIDE, plan.GRAPH): 2.0,
     }
     assert not any("streams" in name for case in sections["engine-fp16"] for name in case.timed)
+
+
+def test_the_goals_of_anchor_and_start_on_a_gpu():
+    (case,), (compiled,) = plan.sections("cuda")["anchor"], plan.sections("cuda")["anchor-compiled"]
+    assert (case.batch, case.block, case.precision) == (1024, 48, "fp16")
+    assert case.comparisons[0] == plan.Comparison(plan.GRAPH_SGD, plan.ANCHOR, 1.3)
+    names = plan.GRAPH_SGD + plan.COMPILED, plan.ANCHOR + plan.COMPILED
+    assert compiled.comparisons[0] == plan.Comparison(*names, 1.3)
+    assert plan.START_GOALS == {"empty": 90, "filled": 20}
+
+
+def test_the_epoch_goals_are_of_graphs_in_16_bits():
+    case = replace(ENGINE_CASE, network="ResNet-18", precision="fp16")
+    goals = {name: engine.epoch_goal(case, name) for name in engine.VARIANTS}
+    assert {name for name, goal in goals.items() if goal} == {plan.GRAPH, plan.GRAPH + plan.COMPILED}
+    assert goals[plan.GRAPH] == 1.25
+    assert engine.epoch_goal(replace(case, precision="tf32"), plan.GRAPH) is None
+
+
+# ------------------------------------------------------------------------------------------------------- the anchor
+
+
+def anchored(dtype=torch.float32, **changes):
+    return anchor.training(engine.Setting(replace(ANCHOR_CASE, **changes), CPU, dtype))
+
+
+def test_the_first_layer_of_the_anchor_whitens():
+    images = anchored().splits.train.inputs[:50]
+    filters = anchor.whitening(images)
+    found = torch.nn.functional.conv2d(images, filters).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(found[:12].cov(), torch.eye(12), rtol=0, atol=0.01)
+    torch.testing.assert_close(found[12:], -found[:12])
+
+
+def test_what_the_anchor_trains():
+    model = anchored().model
+    trained = {name.rpartition(".")[2]: p for name, p in model.named_parameters()}
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) and layer.weight.requires_grad for layer in model.modules())
+    assert not model[0].weight.requires_grad
+    assert set(trained) == {"bias", "weight"}
+    full = anchor.network(torch.rand(2, 3, 32, 32), 64)
+    weights = 9 * (24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256) + 10 * 256
+    assert sum(p.numel() for p in full.parameters()) == weights + 24 + 2 * (64 + 256 + 256)
+    assert model(torch.rand(5, 3, 32, 32)).shape == (5, 10)
+
+
+def test_engine_and_loop_of_the_anchor_make_the_same_update(monkeypatch):
+    monkeypatch.setattr(anchor, "SIZES", {"cpu": (32, 4)})
+    case = replace(ANCHOR_CASE, batch=8)  # an epoch of four steps: the fifth is in another order
+    names = [plan.ANCHOR, plan.ENGINE_SGD, plan.GRAPH_SGD]
+    found = {name: protocol.update(anchor.build(name, case, CPU, torch.float64), 5) for name in names}
+    assert found[plan.ANCHOR].norm() > 0.01
+    for name in names[1:]:
+        assert protocol.difference(found[name], found[plan.ANCHOR]) <= anchor.VARIANTS[name].tolerance
+
+
+@pytest.mark.parametrize("wrong", [{"SMOOTHING": 0.1}, {"PAD": 1}, {"SIZES": {"cpu": (256, 9)}}], ids=str)
+def test_an_anchor_that_does_something_else_is_not_equal(monkeypatch, wrong):
+    """Padding is none of the update's business."""
+    expected = protocol.update(anchor.build(plan.ENGINE_SGD, ANCHOR_CASE, CPU, torch.float64))
+    for name, value in wrong.items():
+        monkeypatch.setattr(anchor, name, value)
+    found = protocol.update(anchor.build(plan.ANCHOR, ANCHOR_CASE, CPU, torch.float64))
+    equal = len(found) == len(expected) and protocol.difference(found, expected) <= engine.TOLERANCE
+    assert equal == ("PAD" in wrong)
+
+
+def test_every_image_of_an_epoch_of_the_anchor_is_a_crop_and_every_other_epoch_flips_it():
+    loop = anchor.Loop(anchored())
+    epochs = [loop.epoch() for _ in range(3)]
+    flipped = []
+    for images in epochs:
+        of_epoch = []
+        for padded, image in zip(loop.padded[:20], images[:20], strict=True):
+            crops = padded.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+            plain, mirrored = ((crops == one).all((1, 2, 3)).any() for one in (image, image.flip(2)))
+            assert plain != mirrored
+            of_epoch.append(bool(mirrored))
+        flipped.append(of_epoch)
+    assert 0 < sum(flipped[0]) < 20
+    assert flipped[0] == flipped[2] == [not one for one in flipped[1]]
+    assert not torch.equal(epochs[0], epochs[2])  # cropped anew
+
+
+def test_the_loop_of_the_anchor_in_fp16_has_half_weights_but_for_batch_norm():
+    loop = anchor.Loop(anchored(precision="fp16"))
+    kinds = {(type(layer).__name__, t.dtype) for layer in loop.model.modules() for t in layer.parameters(recurse=False)}
+    assert kinds == {("Conv2d", torch.half), ("Linear", torch.half), ("BatchNorm2d", torch.float)}
+    assert loop.padded.dtype == torch.half
+    assert next(iter(anchor.Loop(anchored()).model.parameters())).dtype == torch.float
+
+
+def test_the_loop_of_the_anchor_learns(monkeypatch, tmp_path):
+    """Images of one colour a class, in noise."""
+    rng, colours = np.random.default_rng(0), np.random.default_rng(1).integers(40, 216, size=(10, 1, 1, 3))
+    arrays = {}
+    for split, size in (("train", 192), ("test", 60)):
+        labels = rng.integers(10, size=size, dtype=np.uint8)
+        images = colours[labels] + rng.normal(0, 20, size=(size, 32, 32, 3))
+        arrays |= {f"{split}_labels": labels, f"{split}_images": images.clip(0, 255).astype(np.uint8)}
+    np.savez(tmp_path / "cifar10.npz", **arrays, classes=np.array(list("0123456789")))
+    monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
+    with torch.random.fork_rng():
+        seconds, accuracy = anchor.train(6, CPU, width=4, batch=16)
+    assert seconds > 0
+    assert accuracy > 40  # of one class: 10
+
+
+# ------------------------------------------------------------------------------------------------------- the start
+
+
+def test_the_second_process_of_a_start_finds_the_cache_of_the_first_and_no_other_does(monkeypatch):
+    caches = []
+
+    def process(order, variables):
+        assert not os.path.exists(variables.get("TORCHINDUCTOR_CACHE_DIR", "")) or order["process"] == 1
+        caches.append([variables.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")])
+        os.makedirs(caches[-1][1] or "/", exist_ok=True)
+        return nothing() | {"environment": {}}, False
+
+    monkeypatch.setattr(run, "_process", process)
+    run.run("cuda", ["start-compiled", "anchor"])
+    first, second = caches[0], caches[2]
+    assert caches == [first, first, second, second, [None, None]]
+    assert first != second
+    assert all(triton.startswith(inductor) for inductor, triton in (first, second))
+
+
+@pytest.mark.parametrize(("process", "cache", "goal"), [(0, "empty", 90), (1, "filled", 20)])
+def test_a_start_counts_from_the_start_of_the_process_to_a_step_of_a_compiled_model(monkeypatch, process, cache, goal):
+    steps = []
+    monkeypatch.setattr(engine, "first_step", lambda case, device, compiled: steps.append((case.network, compiled)))
+    monkeypatch.setattr("time.time", lambda: 112.5)
+    found, case = nothing(), plan.cases("cuda", ["start-compiled"])[0]
+    speed.measure(case, torch.device("cuda"), process, found, started=100.0)
+    speed.measure(case, CPU, process, found, started=100.0)
+    on_gpu, on_cpu = found["start"]
+    assert steps == [("ResNet-18", True)] * 2
+    assert (on_gpu["cache"], on_gpu["seconds"], on_gpu["goal"]) == (cache, 12.5, goal)
+    assert on_gpu["variant"] == plan.GRAPH + plan.COMPILED
+    assert (on_cpu["variant"], on_cpu["goal"]) == (plan.ENGINE + plan.COMPILED, None)
+
+
+def test_the_first_step_of_a_compiled_model_is_one(dynamo_alone):
+    engine.first_step(replace(ENGINE_CASE, network="MLP"), CPU, compiled=True)
+    assert dynamo_alone() == 2
 
 
 def test_engine_rows_of_processes_are_merged_by_their_median():
@@ -523,15 +799,70 @@ def test_cells_of_the_engine_s_table():
     assert (missed[5], missed[-1]) == ("1.25 missed", "")
 
 
+ON_THE_FAKE_GPU = """
+import json, sys, torch
+from functools import partial
+torch.compile = partial(torch.compile, backend="aot_eager")
+torch.backends.cudnn.enabled = False
+import fake_cuda_worker as fake
+from samlib.bench import anchor, engine, plan
+from samlib.bench.protocol import Stopwatch, counters
+engine.IMAGES["cuda"], anchor.SIZES["cuda"] = 64, (64, 4)
+anchor.whitening = lambda images: torch.ones(24, 3, 2, 2)  # of images that no kernel has made
+found = {}
+for module, section in ((engine, "engine"), (anchor, plan.ANCHOR_NETWORK)):
+    case = plan.Case(section, {"engine": "MLP"}.get(section, section), 16, (), 2, kind=section, precision="fp16")
+    graphs = [name for name in module.VARIANTS if "graph" in name or "streams" in name]
+    for name in set(graphs) - {plan.GRAPH_SGD + plan.COMPILED}:  # one that is compiled is enough
+        built = module.build(name, case, fake.CUDA, torch.float32, engine.GRAPH_STEPS)
+        built.run(Stopwatch(fake.CUDA))
+        made = counters["stats"]["unique_graphs"]
+        parts = fake.counted(lambda: built.run(Stopwatch(fake.CUDA)))
+        parts["compiled"] = counters["stats"]["unique_graphs"] - made
+        found[f"{section}: {name}"] = parts
+json.dump(found, sys.stdout)
+"""
+
+
+@pytest.mark.skipif(any(mark.args[0] for mark in fake_gpu.pytestmark), reason="needs what test_fake_cuda.py needs")
+def test_what_is_to_be_timed_on_a_gpu_is_captured_once_and_then_replayed(tmp_path):
+    """On the runtime of `fake_cuda.c`, which runs no kernel and refuses what CUDA refuses."""
+    folder, library = Path(__file__).parent, tmp_path / "fake_cuda.so"
+    names = ["-Wl,-soname,libcuda.so.1", f"-I{fake_gpu.HEADERS}", "-o", library, folder / "fake_cuda.c"]
+    subprocess.run(["cc", "-O1", "-w", "-shared", "-fPIC", *names], check=True, timeout=60)
+    paths = os.pathsep.join([str(folder), str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "0"}
+    call = [sys.executable, "-c", ON_THE_FAKE_GPU]
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    assert {f"engine: {plan.GRAPH}{plan.COMPILED}", f"{plan.ANCHOR_NETWORK}: {plan.GRAPH_SGD}"} <= set(found)
+    for name, parts in found.items():
+        assert parts["refused"] == "", name
+        assert parts["compiled"] == 0, name
+        assert parts["replays"] == engine.GRAPH_STEPS * (plan.SEEDS if "side by side" in name else 1), name
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", plan.ENGINE_PRECISIONS)
 def test_the_engine_is_measured_on_a_gpu(precision):
     comparisons = plan.engine_gpu("ResNet-20", precision)
     case = plan.Case("engine", "ResNet-20", 16, comparisons, 2, kind="engine", precision=precision)
-    found = {"rows": [], "equality": [], "engine": []}
+    found = nothing()
     speed.measure(case, torch.device("cuda"), 0, found)
+    assert found["failures"] == []
     assert len(found["rows"]) == len(comparisons)
     assert {row["clock"] for row in found["rows"]} == {"cuda"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("section", ["engine-fp16-compiled/ResNet-20", "anchor", "anchor-compiled"])
+def test_compiled_models_and_the_anchor_are_measured_on_a_gpu(section):
+    (case,) = plan.cases("cuda", [section], rounds=2)
+    found = nothing()
+    speed.measure(case, torch.device("cuda"), 0, found)
+    assert found["failures"] == []
+    assert len(found["rows"]) == len(case.comparisons)
 
 
 # ------------------------------------------------------------------------------------------------------- as a program
@@ -564,17 +895,17 @@ def quick(tmp_path_factory):
 def test_quick_measures_a_case_of_every_section_that_compiles_nothing(quick):
     record, _, _ = quick
     assert record["complete"]
-    assert record["error"] is None
+    assert record["failures"] == []
     sections = list(dict.fromkeys(row["section"] for row in record["rows"]))
-    assert sections == ["mlp", "bookkeeping", "conv", "msam", "engine"]
+    assert sections == ["mlp", "bookkeeping", "conv", "msam", "engine", "anchor"]
     assert {row["network"] for row in record["precision"]} == {"small CNN"}
-    assert len(record["rows"]) == len(plan.STEP) + 3 + len(plan.ENGINE_STEP)
+    assert len(record["rows"]) == len(plan.STEP) + 3 + len(plan.ENGINE_STEP) + 1
     rows = [row for row in record["rows"] if row["section"] == "engine"]
     assert [(row["variant"], row["reference"]) for row in rows] == [
         (one.variant, one.reference) for one in plan.ENGINE_STEP
     ]
     trained = {row["variant"] for row in rows} | {row["reference"] for row in rows}
-    assert {row["variant"] for row in record["engine"]} == trained - {plan.INPUT}
+    assert {row["variant"] for row in record["engine"]} == trained - {plan.INPUT} | {plan.ANCHOR}
 
 
 def test_a_record_says_what_it_needs_to(quick):
@@ -589,6 +920,7 @@ def test_a_record_says_what_it_needs_to(quick):
     assert all(check["difference"] <= check["tolerance"] for check in record["equality"])
     checked = {check["variant"] for check in record["equality"]}
     assert {row["variant"] for row in record["rows"]} - checked == {plan.SGD, plan.PLAIN}  # what others must equal
+    assert plan.ENGINE_SGD in {check["variant"] for check in record["equality"] if check["section"] == "anchor"}
 
 
 def test_the_table_has_a_line_for_each_row(quick, capsys):
@@ -613,7 +945,10 @@ def test_cells_of_the_table():
     record = {
         "rows": [row, {**row, "batch": None, "goal": 0.7, "met": False}, {**row, "goal": None, "met": None}],
         "precision": [{"network": "MLP", "rho": 0.05, "cosine": 0.98765, "time_ratio": None}],
-        "environment": {}, "cores": 2, "load": [0.5, 1.5], "equality": [], "error": None, "complete": False,
+        "environment": {}, "cores": 2, "load": [0.5, 1.5], "equality": [], "complete": False,
+        "failures": [{"section": "mlp", "network": "MLP", "variant": None, "error": "no result"}],
+        "start": [{"section": "start-compiled", "network": "ResNet-18", "batch": 128, "precision": "fp16",
+                   "variant": "a", "cache": "empty", "seconds": 91.04, "goal": 90.0}],
         "pytorch_optimizer": "4.1.0", "started": "2026-11-21T12:00:00+00:00", "seconds": 61.4,
     }  # fmt: skip
     lines = table.markdown(record).splitlines()
@@ -621,14 +956,15 @@ def test_cells_of_the_table():
     assert lines[2] == f"| mlp | MLP-404, batch 16 | a / b | {end} 1.05 met |"
     assert lines[3] == f"| mlp | MLP-404 | a / b | {end} 0.70 missed |"
     assert lines[4] == f"| mlp | MLP-404, batch 16 | a / b | {end}  |"
-    assert lines[6:9] == [
+    assert lines[8] == "| start-compiled | ResNet-18, fp16, batch 128 | a | empty | 91.0 | 90 missed |"
+    assert lines[10:13] == [
         "| network | rho | cosine | time ratio |",
         "| --- | --- | --- | ---: |",
         "| MLP | 0.05 | 0.988 |  |",
     ]
-    assert "load 0.5 to 1.5" in lines[10]
+    assert "load 0.5 to 1.5" in lines[14]
+    assert lines[-2] == "Not timed: mlp, MLP: no result."
     assert lines[-1].startswith("Not complete")
-    assert "Stopped: ours: off." in table.text({**record, "error": "ours: off"})
 
 
 def test_an_interrupt_keeps_what_is_measured(tmp_path):
@@ -659,6 +995,7 @@ def test_an_interrupt_keeps_what_is_measured(tmp_path):
     ("arguments", "words"),
     [
         (["--only", "mlp", "nosuch"], ["section", "nosuch", "bookkeeping"]),
+        (["--only", "mlp/nosuch"], ["network", "nosuch", "MLP-404"]),
         (["--rounds", "1"], ["rounds", "1", "2 or more"]),
         (["--device", "tpu"], ["device", "tpu", "cpu"]),
         (["--table", "nowhere.json"], ["table", "nowhere.json", "--json"]),
@@ -693,11 +1030,12 @@ def test_without_the_peer_the_remedy_is_named(capsys, monkeypatch):
     assert "samlib[bench]" in capsys.readouterr().err
 
 
-def test_a_process_that_finds_a_difference_ends_the_bench(monkeypatch):
-    part = {"rows": [], "equality": [], "engine": [], "precision": [], "environment": {}}
-    part["error"] = "ours: its update is off"
-    monkeypatch.setattr(run, "_process", lambda order, threads: (part, False))
+def test_a_process_that_finds_a_difference_or_ends_without_a_word_is_said_to_and_the_others_go_on(monkeypatch):
+    said = {"section": "mlp", "network": "MLP-404", "variant": "ours", "error": "its update is off"}
+    parts = [{**nothing(), "environment": {"torch": "2"}, "failures": [said]}, None, nothing() | {"environment": {}}]
+    monkeypatch.setattr(run, "_process", lambda order, variables: (parts[order["process"]], False))
     kept = []
     record = run.run("cpu", ["mlp"], keep=lambda record: kept.append(record["complete"]))
-    assert record["error"] == part["error"]
-    assert kept == [False, False]  # at the start and after the first of three processes
+    assert record["failures"] == [said, {**said, "variant": None, "error": "no result"}]
+    assert record["environment"] == {"torch": "2"}
+    assert kept == [False] * 4  # at the start and after each of three processes

@@ -3,7 +3,8 @@
 All of them start from the same weights and draw the same images, in the same order, from one kind of training: uint8
 images of random pixels on the device, flipped, cropped after reflection and cut out; SAM, Nesterov SGD, weight decay
 and clipping. A loop is what one writes with torch: the weights of a `Training`, its images on the device and its
-augmentation, around `first_step` and `second_step`. So what is compared is the step, not a way of loading images.
+augmentation, around `first_step` and `second_step`. So what is compared is the step, not a way of loading images. Where
+the model is compiled, everyone's is, by inductor in its default mode and with one set of kernels for all.
 
 The comparison of updates is in float64, but for the loss, which the engine takes of logits in float32, and the norm of
 pytorch_optimizer: hence `TOLERANCE`.
@@ -13,10 +14,11 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,11 @@ from samlib.arithmetic import DTYPES, arithmetic
 from samlib.bench import plan
 from samlib.bench.protocol import Built, Stopwatch, Times, paired_ratio
 from samlib.bench.variants import BLOCK, RHO, FusedSGD, PlainSAM
+from samlib.closures import in_layout
 from samlib.data import generator
-from samlib.graph import GraphedStep, ParallelShards, in_parallel
+from samlib.graph import GraphedStep, in_parallel
 from samlib.spec import AugmentSpec, DataSpec, ModelSpec, OptimSpec, RunSpec, TrainSpec
-from samlib.train import Training, in_layout, learning_rate
+from samlib.train import Training, learning_rate
 
 TOLERANCE = 1e-6
 COPY, MATMUL = "copy", "matmul"  # beside the variants in every round
@@ -41,6 +44,7 @@ CLASSES = 10
 IMAGES = {"cpu": 2048, "cuda": 12_800}
 ENDLESS = 10**6  # epochs, and epochs between two evaluations: no step evaluates anything
 GRAPH_STEPS = 5  # after three eager steps a capture with its replay, and one replay more
+REPEATED = 10  # times that a graph of images alone makes them: the launch of a step's graph is none of their doing
 COPIED = {"cpu": 2**24, "cuda": 2**26}  # numbers in float32 of a copy
 MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices of a product
 
@@ -91,15 +95,19 @@ class Setting:
             seed,
         )
 
-    def training(self, method: str = "sam", num_shards: int = 1, seed: int = 0, graph: bool = False) -> "BenchTraining":
+    def training(
+        self,
+        method: str = "sam",
+        num_shards: int = 1,
+        seed: int = 0,
+        graph: bool = False,
+        compiled: bool = False,
+        one_by_one: bool = False,
+    ) -> "BenchTraining":
         """A training at its start."""
-        pixels = NETWORKS[self.case.network][1]
-        with (
-            torch.random.fork_rng(),
-            _variable("SAMLIB_DATA", _images(IMAGES[self.device.type], pixels).name),
-            _default_dtype(self.dtype),
-        ):
-            return BenchTraining.start(self.spec(method, num_shards, seed), self.device, graph)
+        kind, spec = OneByOne if one_by_one else BenchTraining, self.spec(method, num_shards, seed)
+        with on_random_images(self, IMAGES[self.device.type], NETWORKS[self.case.network][1]):
+            return kind.start(spec, self.device, graph, compiled)
 
 
 class BenchTraining(Training):
@@ -107,6 +115,22 @@ class BenchTraining(Training):
 
     def step_on(self, inputs: Tensor, *batch: Any, **settings: Any) -> Tensor:
         return super().step_on(inputs.to(next(self.model.parameters()).dtype), *batch, **settings)
+
+
+class OneByOne(BenchTraining):
+    """One whose graph has the shards of a mini-batch one after the other, not on streams of their own."""
+
+    def step_on(self, inputs: Tensor, labels: Tensor, *_: Any) -> Tensor:
+        closures = self.closures(inputs.to(next(self.model.parameters()).dtype), labels)
+        return self.optimizer.step(closures.one_by_one).detach()
+
+
+@contextmanager
+def on_random_images(setting: Setting, count: int, pixels: int) -> Iterator[None]:
+    """What starts inside does so on `count` images of random pixels, with weights of the setting's dtype."""
+    folder = _images(count, pixels).name
+    with torch.random.fork_rng(), _variable("SAMLIB_DATA", folder), _default_dtype(setting.dtype):
+        yield
 
 
 @cache
@@ -182,7 +206,7 @@ class Loop:
         """Forward and backward; in fp16 with the engine's loss scale, by which nothing is lost here."""
         scaled = self.spec.train.precision == "fp16"
         with self.arithmetic():
-            loss = cross_entropy(self.model(inputs), labels)
+            loss = cross_entropy(self.training.forward(inputs), labels)
             (loss * self.spec.train.loss_scale if scaled else loss).backward()
         if scaled:
             torch._foreach_mul_([p.grad for p in self.params], 1 / self.spec.train.loss_scale)
@@ -213,45 +237,29 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def engine(setting: Setting, block: int, **settings: Any) -> Built:
     training = setting.training(**settings)
-    return _built([training], training.take, setting, block)
+    return built([training], training.take, setting, block)
 
 
-def loop(setting: Setting, block: int, make: Callable[..., Any], method: str = "sam") -> Built:
-    training = setting.training(method)
-    return _built([training], Loop(training, make).take, setting, block)
+def loop(setting: Setting, block: int, make: Callable[..., Any], method: str = "sam", compiled: bool = False) -> Built:
+    training = setting.training(method, compiled=compiled)
+    return built([training], Loop(training, make).take, setting, block)
 
 
 def input_pipeline(setting: Setting, block: int, graph: bool = False) -> Built:
     """Images and labels of a step: drawn, augmented, in the layout of the model."""
-    training = setting.training(graph=graph)
+    training, repeated = setting.training(graph=graph), REPEATED if graph else 1
 
     def prepare(chosen: Tensor) -> Tensor:
-        inputs, _ = training.augmented(chosen, training.splits.train.labels[chosen])
-        return in_layout(inputs)[0, 0, 0, 0]
+        for _ in range(repeated):
+            inputs, _ = training.augmented(chosen, training.splits.train.labels[chosen])
+            images = in_layout(inputs)
+        return images[0, 0, 0, 0]
 
     if graph:
         example = torch.zeros(setting.case.batch, dtype=torch.int64, device=setting.device)
         prepare = GraphedStep(prepare, training.optimizer, [example], generators=[training.draws])
-    return _built([training], lambda indices: prepare(indices.to(training.device)), setting, block)
-
-
-def msam_on_streams(setting: Setting, block: int, num_shards: int) -> Built:
-    """The engine's step with `ParallelShards` in place of closures that are called in turn."""
-    training = setting.training(num_shards=num_shards, graph=True)
-    cuda = setting.device.type == "cuda"
-    streams = [torch.cuda.Stream(setting.device) for _ in range(min(4, num_shards))] if cuda else []
-
-    def step(chosen: Tensor) -> Tensor:
-        labels = training.splits.train.labels[chosen]
-        inputs, _ = training.augmented(chosen, labels)
-        batch = in_layout(inputs.to(setting.dtype)), labels
-        optimizer, cut = training.optimizer, {"num_shards": num_shards, "streams": streams}
-        with arithmetic(setting.case.precision, setting.device):
-            return optimizer.step(ParallelShards(optimizer, training.model, cross_entropy, *batch, **cut))
-
-    example = torch.zeros(setting.case.batch, dtype=torch.int64, device=setting.device)
-    training.graphed = GraphedStep(step, training.optimizer, [example], generators=[training.draws])
-    return _built([training], training.take, setting, block)
+    one = built([training], lambda indices: prepare(indices.to(training.device)), setting, block)
+    return one._replace(steps=repeated * block)
 
 
 def seeds(setting: Setting, block: int, graph: bool) -> Built:
@@ -267,10 +275,10 @@ def seeds(setting: Setting, block: int, graph: bool) -> Built:
         pairs = zip(trainings, batches, strict=True)
         in_parallel([partial(training.take, next(left)) for training, left in pairs], streams)
 
-    return _built(trainings, step, setting, block)
+    return built(trainings, step, setting, block)
 
 
-def _built(trainings: Sequence[Training], take: Callable[[Tensor], Any], setting: Setting, block: int) -> Built:
+def built(trainings: Sequence[Training], take: Callable[[Tensor], Any], setting: Setting, block: int) -> Built:
     batches = trainings[0].batches_left()
     params = [p for training in trainings for p in training.model.parameters()]
 
@@ -303,8 +311,8 @@ class Variant:
 def _msam_variants(num_shards: int) -> dict[str, Variant]:
     makes = {
         "eager": partial(engine, num_shards=num_shards),
-        "graph": partial(engine, num_shards=num_shards, graph=True),
-        "streams": partial(msam_on_streams, num_shards=num_shards),
+        "graph": partial(engine, num_shards=num_shards, graph=True, one_by_one=True),
+        "streams": partial(engine, num_shards=num_shards, graph=True),
     }
     eager = plan.engine_msam(num_shards, "eager")
     return {plan.engine_msam(num_shards, way): Variant(make, eager, 2) for way, make in makes.items()}
@@ -327,6 +335,10 @@ VARIANTS: dict[str, Variant] = {
     plan.SIDE_BY_SIDE: Variant(partial(seeds, graph=True), ONE_BY_ONE, 2, plan.SEEDS),
     **{name: variant for shards in plan.ENGINE_SHARDS for name, variant in _msam_variants(shards).items()},
 }
+COMPILED = (plan.LOOP_PLAIN, plan.LOOP_FAIR_PEER, plan.ENGINE, plan.GRAPH, plan.GRAPH_SGD)
+VARIANTS |= {
+    name + plan.COMPILED: replace(VARIANTS[name], make=partial(VARIANTS[name].make, compiled=True)) for name in COMPILED
+}
 
 
 def build(name: str, case: plan.Case, device: torch.device, dtype: torch.dtype, block: int = 1) -> Built:
@@ -337,11 +349,11 @@ def build(name: str, case: plan.Case, device: torch.device, dtype: torch.dtype, 
 # ---------------------------------------------------------------------------------------------- what it comes to
 
 
-def first_step(case: plan.Case, device: torch.device) -> None:
+def first_step(case: plan.Case, device: torch.device, compiled: bool = False) -> None:
     """A training from its data to its first step; on a GPU to the first replay of its graph."""
     graph = device.type == "cuda"
-    built = engine(Setting(case, device, torch.float32), 4 if graph else 1, graph=graph)
-    built.run(Stopwatch(device))
+    steps = GRAPH_STEPS - 1 if graph else 1
+    engine(Setting(case, device, torch.float32), steps, graph=graph, compiled=compiled).run(Stopwatch(device))
 
 
 def ceilings(case: plan.Case, device: torch.device) -> dict[str, Built]:
@@ -367,19 +379,25 @@ def ceilings(case: plan.Case, device: torch.device) -> dict[str, Built]:
 
 
 def throughput(
-    case: plan.Case, times: Mapping[str, Sequence[Times]], device: torch.device, waited: float | None
+    case: plan.Case,
+    times: Mapping[str, Sequence[Times]],
+    device: torch.device,
+    waited: float | None,
+    variants: Mapping[str, Variant] = MappingProxyType(VARIANTS),
+    operations: int | None = None,
 ) -> Iterator[Row]:
     """A row for each variant that trains, as this process saw it; `waited` are the seconds to the engine's first step.
 
     Seconds are processor time on a CPU and time between events on a GPU. An epoch is extrapolated from the images per
     second. Shares of the ceilings are medians of paired ratios with 95 % intervals: operations are those of
-    convolutions and linear layers, bytes those of `MEGABYTES`.
+    convolutions and linear layers (of one image; by default of the case's network), bytes those of `MEGABYTES`.
     """
     seconds = {name: [one.device for one in series] for name, series in times.items()}
     of_copy, of_product = 8 * COPIED[device.type], 2 * MATRIX[device.type] ** 3
-    moved, operations = megabytes(case) * 1e6, operations_per_image(case.network)
+    moved = megabytes(case) * 1e6
+    operations = operations_per_image(case.network) if operations is None else operations
     for name in case.timed:
-        passes, images = VARIANTS[name].passes, case.batch * VARIANTS[name].trainings
+        passes, images = variants[name].passes, case.batch * variants[name].trainings
         if not passes:
             continue
         per_second = images / statistics.median(seconds[name])
@@ -409,7 +427,8 @@ def engine_of(device: torch.device) -> str:
 
 def epoch_goal(case: plan.Case, name: str) -> float | None:
     """Goals are for a graph in 16 bits."""
-    return plan.EPOCH_GOALS.get(case.network) if name == plan.GRAPH and case.precision in DTYPES else None
+    graphs = (plan.GRAPH, plan.GRAPH + plan.COMPILED)
+    return plan.EPOCH_GOALS.get(case.network) if name in graphs and case.precision in DTYPES else None
 
 
 def megabytes(case: plan.Case) -> float:
@@ -419,19 +438,23 @@ def megabytes(case: plan.Case) -> float:
 
 @cache
 def operations_per_image(network: str) -> int:
-    """Of forward and backward: two a product, three products a weight and place of its output; but the gradient by the
-    images is not taken."""
+    """Of forward and backward."""
     spec, pixels = NETWORKS[network]
+    with torch.device("meta"):
+        return operations(models.build(spec, (3, pixels, pixels), CLASSES, generator(0, "init")), pixels)
+
+
+def operations(model: nn.Module, pixels: int) -> int:
+    """Of forward and backward of one image: two a product, three products a weight and place of its output; but the
+    gradient by the images is not taken."""
     counted: list[int] = []
 
     def count(layer: nn.Module, _: Any, output: Tensor) -> None:
         products = layer.weight.numel() * output[0].numel() // layer.weight.shape[0]
         counted.append(2 * products * (3 if counted else 2))
 
-    with torch.device("meta"):
-        model = models.build(spec, (3, pixels, pixels), CLASSES, generator(0, "init"))
-        for layer in model.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                layer.register_forward_hook(count)
-        model(torch.zeros(2, 3, pixels, pixels))
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(count)
+    model(torch.zeros(2, 3, pixels, pixels))
     return sum(counted)

@@ -117,15 +117,13 @@ def time_rounds(
     seed: int,
     progress: Callable[[Iterator[int]], Iterator[int]] = iter,
 ) -> dict[str, list[Times]]:
-    """Times of each variant, round by round.
+    """Times of each variant, round by round; they have been warmed up.
 
     An interrupt (SIGINT) ends the rounds after the present one, and what is measured is returned.
 
     Raises:
         NotEqualError: a weight is not finite afterwards: that variant did not do the work it was timed for.
     """
-    for built in variants.values():
-        warm_up(built)
     order, rng = list(variants), random.Random(seed)
     times: dict[str, list[Times]] = {name: [] for name in order}
     with _no_collection(), interrupt_asked_for() as asked:

@@ -33,7 +33,8 @@ def run(
     quick: bool = False,
     keep: Callable[[Record], None] = lambda record: None,
 ) -> Record:
-    """Measures and returns the record. An interrupt keeps what is there, with `complete` false.
+    """Measures and returns the record. An interrupt keeps what is there, with `complete` false; so does what fails, and
+    the others go on.
 
     Args:
         device, only, rounds, quick: as for `plan.cases`.
@@ -51,17 +52,20 @@ def run(
     record = _begin(options)
     keep(record)  # a file that cannot be written is known now
     parts: list[Record] = []
-    for number, (process, indices) in enumerate(orders := list(_orders(cases, quick)), start=1):
-        print(f"bench: process {number} of {len(orders)}", file=sys.stderr)
-        threads = max(cases[index].threads for index in indices)
-        part, record["interrupted"] = _process({"options": options, "indices": indices, "process": process}, threads)
-        parts += [part] if part else []
-        _put_together(record, parts)
-        sound = part is not None and not part["error"] and not record["interrupted"]
-        record["complete"] = sound and number == len(orders)
-        keep(record)
-        if not sound:
-            break
+    with tempfile.TemporaryDirectory() as caches:
+        for number, (process, indices) in enumerate(orders := list(_orders(cases, quick)), start=1):
+            print(f"bench: process {number} of {len(orders)}", file=sys.stderr)
+            chosen = [cases[index] for index in indices]
+            order = {"options": options, "indices": indices, "process": process}
+            part, record["interrupted"] = _process(order, _variables(chosen, Path(caches, str(indices[0]))))
+            if not record["interrupted"]:
+                part = part or _ended(chosen)
+            parts += [part] if part else []
+            _put_together(record, parts)
+            record["complete"] = number == len(orders) and not record["failures"] and not record["interrupted"]
+            keep(record)
+            if record["interrupted"]:
+                break
     return record
 
 
@@ -73,17 +77,25 @@ def _orders(cases: Sequence[plan.Case], quick: bool) -> Iterator[tuple[int, list
         yield from ((process, [index]) for index, case in enumerate(cases) for process in range(case.processes))
 
 
-def _process(order: dict[str, Any], threads: int) -> tuple[Record | None, bool]:
+def _variables(cases: Sequence[plan.Case], cache: Path) -> dict[str, str]:
+    """The environment of a process for these cases; one that times a start has a cache of kernels of its own."""
+    threads = str(max(case.threads for case in cases))
+    found = {**PASSIVE, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if any(case.kind == "start" for case in cases):
+        found |= {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+    return found
+
+
+def _process(order: dict[str, Any], variables: dict[str, str]) -> tuple[Record | None, bool]:
     """What one fresh process found, None if it failed; and whether an interrupt came.
 
     The process is in a session of its own, so that one interrupt reaches it once, through here.
     """
-    env = {**os.environ, **PASSIVE, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "part.json")
         order = {**order, "started": time.time(), "out": str(out)}
         command = [sys.executable, "-m", "samlib.bench.speed", json.dumps(order)]
-        child = subprocess.Popen(command, env=env, start_new_session=True)
+        child = subprocess.Popen(command, env={**os.environ, **variables}, start_new_session=True)
         interrupted = False
         try:
             child.wait()
@@ -94,6 +106,12 @@ def _process(order: dict[str, Any], threads: int) -> tuple[Record | None, bool]:
         return json.loads(out.read_text()) if out.exists() else None, interrupted
 
 
+def _ended(cases: Sequence[plan.Case]) -> Record:
+    """In place of what a process would have found that ended before."""
+    gone = [{"section": case.section, "network": case.network, "variant": None, "error": "no result"} for case in cases]
+    return {**{name: [] for name in plan.PARTS}, "environment": {}, "failures": gone}
+
+
 def _begin(options: dict[str, Any]) -> Record:
     return {
         "schema": SCHEMA,
@@ -101,29 +119,24 @@ def _begin(options: dict[str, Any]) -> Record:
         "seconds": 0.0,
         "complete": False,
         "interrupted": False,
-        "error": None,
         "options": options,
         "environment": {},
         "pytorch_optimizer": version("pytorch-optimizer"),
         "cores": os.cpu_count(),
         "load": [],
-        "equality": [],
-        "rows": [],
-        "engine": [],
-        "precision": [],
+        **{name: [] for name in plan.PARTS},
     }
 
 
 def _put_together(record: Record, parts: Sequence[Record]) -> None:
     record["seconds"] = round(time.time() - datetime.fromisoformat(record["started"]).timestamp(), 1)
     record["load"].append(round(os.getloadavg()[0], 2))
-    if parts:
-        record["environment"] = {name: value for name, value in parts[0]["environment"].items() if name != "threads"}
-    record["error"] = next((part["error"] for part in parts if part["error"]), None)
-    record["equality"] = _worst([row for part in parts for row in part["equality"]])
-    record["precision"] = [row for part in parts for row in part["precision"]]
-    record["rows"] = merged([row for part in parts for row in part["rows"]])
-    record["engine"] = merged_engine([row for part in parts for row in part["engine"]])
+    environment = next((part["environment"] for part in parts if part["environment"]), {})
+    record["environment"] = {name: value for name, value in environment.items() if name != "threads"}
+    record |= {name: [row for part in parts for row in part[name]] for name in plan.PARTS}
+    record["equality"] = _worst(record["equality"])
+    record["rows"] = merged(record["rows"])
+    record["engine"] = merged_engine(record["engine"])
 
 
 def _worst(checks: Sequence[Record]) -> list[Record]:

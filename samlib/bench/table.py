@@ -12,6 +12,7 @@ ENGINE_HEADINGS = (
     "section", "network", "variant", "images / s", "s / epoch of 50,000 images, extrapolated", "goal", "of matmul",
     "matmul, TFLOP/s", "of copy", "copy, GB/s", "first step, s",
 )  # fmt: skip
+START_HEADINGS = ("section", "network", "variant", "cache of kernels", "seconds to the first step", "goal")
 Table = list[Sequence[str]]  # the headings, then the rows
 NUMBERS = 3  # headings from here on are numbers, set flush right
 MET = {True: "met", False: "missed", None: ""}
@@ -32,6 +33,8 @@ def _each_table(record: dict[str, Any], draw: Callable[[Table], list[str]]) -> l
     tables = [[HEADINGS, *map(_cells, record["rows"])]] if record["rows"] else []
     if record.get("engine"):  # records from before there was an engine lack it
         tables.append([ENGINE_HEADINGS, *map(_engine_cells, record["engine"])])
+    if record.get("start"):
+        tables.append([START_HEADINGS, *map(_start_cells, record["start"])])
     if record["precision"]:
         names = list(record["precision"][0])
         rows = [[_cell(row[name]) for name in names] for row in record["precision"]]
@@ -70,9 +73,12 @@ def notes(record: dict[str, Any]) -> list[str]:
         f"{record['seconds']:.0f} s.",
         f"Equality in float64: {len(record['equality'])} checks, all within their tolerance.",
     ]
-    if record["error"]:
-        lines[1] = f"Stopped: {record['error']}."
-    return [*lines, *([] if record["complete"] else ["Not complete: some processes did not run to their end."])]
+    lines += [f"Not timed: {_failure(row)}." for row in record.get("failures", [])]
+    return [*lines, *([] if record["complete"] else ["Not complete: some of it was not timed."])]
+
+
+def _failure(row: dict[str, Any]) -> str:
+    return ", ".join(row[name] for name in ("section", "network", "variant") if row[name]) + f": {row['error']}"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -118,6 +124,17 @@ def _engine_cells(row: dict[str, Any]) -> Sequence[str]:
         _share(row["of_copy"]),
         _cell(row["copy_gb_per_second"]),
         "" if waited is None else f"{waited:.1f}",
+    )
+
+
+def _start_cells(row: dict[str, Any]) -> Sequence[str]:
+    return (
+        row["section"],
+        f"{row['network']}, {row['precision']}, batch {row['batch']}",
+        row["variant"],
+        row["cache"],
+        f"{row['seconds']:.1f}",
+        "" if row["goal"] is None else f"{row['goal']:.0f} {MET[row['seconds'] <= row['goal']]}",
     )
 
 
