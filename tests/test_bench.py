@@ -729,7 +729,7 @@ def test_the_loop_of_the_anchor_learns(monkeypatch, tmp_path):
     np.savez(tmp_path / "cifar10.npz", **arrays, classes=np.array(list("0123456789")))
     monkeypatch.setenv("SAMLIB_DATA", str(tmp_path))
     with torch.random.fork_rng():
-        seconds, accuracy = anchor.train(6, CPU, width=4, batch=16)
+        seconds, accuracy = anchor.train(6, CPU, width=8, batch=16)
     assert seconds > 0
     assert accuracy > 40  # of one class: 10
 
