@@ -48,6 +48,7 @@ def test_network_for_cifar_lies_channels_last():
     assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # of inductor, wherever fp32 forbids them
 def test_compiled_passes_in_a_graph_make_the_steps_of_the_eager_run():
     spec = dataclasses.replace(change(lr=0.02, epochs=13), augment=EVERYTHING)
     plain, compiled = trained(spec, graph=False), trained(spec, graph=True, compile=True)
