@@ -10,6 +10,7 @@ layer, with a weight tensor per shard: fewer, larger calls, and num_shards times
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from types import FunctionType
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from torch.torch_version import TorchVersion
 
 from samlib.batchnorm import second_pass
@@ -163,7 +165,7 @@ class Shards(list[Callable[[], Tensor]]):
         wide = torch.promote_types(at[0].dtype, torch.float32)
         factors = torch.tensor(shares or [1.0] * len(self), dtype=wide, device=at[0].device)
         run = _compiled(_differentiated, self.model, self.compile) if self.compile else _differentiated
-        with _advised(), _tracing() if self.compile else nullcontext():
+        with _advised(), _tracing() if self.compile else _ChannelsSideBySide():
             return run(self.model, self.loss_fn, weights, buffers, inputs, targets, factors)
 
     def _choose(self, opt: Optimizer, vectorize: bool | None) -> bool:
@@ -251,6 +253,60 @@ def _differentiated(
             raise InputError(f"loss_fn returned {losses.ndim - 1} axes: let it return the mean over the examples")
         grads = torch.autograd.grad(losses, list(leaves.values()), factors.to(losses.dtype), allow_unused=True)
     return losses.detach(), grads
+
+
+class _ChannelsSideBySide(TorchFunctionMode):
+    """Within it the batch norm of all shards is one call, with the channels of each shard as channels of their own.
+
+    By itself vmap normalises in one call, but then multiplies by the weights and adds the bias, each in a pass over all
+    activations, and likewise backward. Compiled code has these passes in one loop and does without this.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not nn.functional.batch_norm:
+            return func(*args, **(kwargs or {}))
+        given = signature(func).bind(*args, **(kwargs or {}))
+        given.apply_defaults()
+        return _BatchNormOfShards.apply(*given.args)
+
+
+class _BatchNormOfShards(torch.autograd.Function):
+    """`torch.nn.functional.batch_norm`, with that rule for vmap. Under it torch differentiates what the rule does."""
+
+    @staticmethod
+    def forward(*_: Any) -> Tensor:
+        raise NotImplementedError("batch norm of something that does not depend on the shard")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Asked for by torch where there is a rule for vmap."""
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Sequence[int | None],
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        *settings: float,
+    ) -> tuple[Tensor, int]:
+        if training and running_mean is not None and in_dims[1] is None:
+            raise NotImplementedError("batch norm with running statistics that no buffer of a torch layer holds")
+        tensors = zip((x, running_mean, running_var, weight, bias), in_dims[:5], strict=True)
+        x, *channels = [None if t is None else _of_shards(t, dim, info.batch_size) for t, dim in tensors]
+        rows = [None if t is None else t.flatten() for t in channels]
+        out = nn.functional.batch_norm(x.transpose(0, 1).flatten(1, 2), *rows, training, *settings)
+        return out.unflatten(1, (info.batch_size, -1)), 1
+
+
+def _of_shards(tensor: Tensor, dim: int | None, num_shards: int) -> Tensor:
+    """With the axis of shards in front."""
+    return tensor.expand(num_shards, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _compiled(function: FunctionType, model: nn.Module, backend: bool | str) -> Callable[..., Any]:

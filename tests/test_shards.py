@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from samlib.errors import InputError
 from samlib.optim import ASAM, SAM
@@ -224,6 +225,64 @@ def test_a_batch_norm_layer_called_twice_and_one_in_eval_mode_and_one_without_st
         assert_close(train("vectorized", twin, **options), expected)
     assert twin.shared.num_batches_tracked == 2 * 3 * 3 * 4
     assert twin.unused.num_batches_tracked == 0
+
+
+class Operations(TorchDispatchMode):
+    """(name, arguments) of each operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.append((func.overloadpacket.__name__, args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_batch_norm_of_all_shards_is_one_call_that_knows_the_weights():
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 3)).to(torch.float64)
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    shards = Shards(opt, model, loss_fn, *batch(), num_shards=4, vectorize=True)
+    with Operations() as operations:
+        opt.step(shards)
+    calls = [args for name, args in operations.found if name == "native_batch_norm"]
+    assert [args[0].shape[1] for args in calls] == [4 * 2, 4 * 2]  # one a pass
+    for x, weight, bias, *_ in calls:
+        assert weight.shape == bias.shape == x.shape[1:2]
+
+
+class Functional(nn.Module):
+    """Batch norm by torch's function, with what a layer may leave out, and statistics that no layer holds."""
+
+    def __init__(self, statistics, affine, training):
+        super().__init__()
+        self.linear = nn.Linear(75, 3)
+        self.register_buffer("mean", torch.tensor([0.1, 0.2, 0.3]) if statistics else None)
+        self.register_buffer("var", torch.tensor([1.0, 2.0, 3.0]) if statistics else None)
+        self.gain = nn.Parameter(torch.tensor([0.5, 1.0, 2.0])) if affine else None
+        self.training_ = training
+
+    def forward(self, x):
+        out = functional.batch_norm(self.linear(x.flatten(1)), self.mean, self.var, self.gain, training=self.training_, eps=0.1)
+        constant = torch.arange(6.0).to(out).view(2, 3)  # that does not depend on the shard
+        return out + functional.batch_norm(constant, None, None, self.gain, training=True).sum()
+
+
+@pytest.mark.parametrize("statistics, affine, training", [(False, True, True), (True, True, False)])
+def test_batch_norm_as_a_function(statistics, affine, training):
+    torch.manual_seed(0)
+    model = Functional(statistics, affine, training).to(torch.float64)
+    in_turn, at_once = (train(way, copy.deepcopy(model), SAM, num_shards=4) for way in ("in turn", "vectorized"))
+    assert_close(at_once, in_turn)
+
+
+def test_statistics_that_no_layer_holds_are_not_lost_without_a_word():
+    model = Functional(statistics=True, affine=True, training=True).to(torch.float64)
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    with pytest.raises(NotImplementedError, match="running statistics") as caught:
+        opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4, vectorize=True))
+    assert "vectorize=False" in caught.value.__notes__[0]
+    opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4, vectorize=False))
 
 
 def test_batch_norm_as_the_whole_model():
