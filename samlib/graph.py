@@ -54,8 +54,8 @@ The optimiser's own count of steps (in its `state_dict`) advances with eager ste
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeVar
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -71,14 +71,16 @@ T = TypeVar("T")
 Step = Callable[..., Tensor]
 
 DEVICE_SETTINGS = ("lr", "rho")
+SHARD_STREAMS = 4
 
 
 class GraphedStep:
     """A training step that is captured in a CUDA graph after a few eager ones; each call is one step.
 
     The first `warmup` calls run eagerly on a side stream: they make momentum and buffers, and libraries choose their
-    kernels. The next call captures, which records the step without running it, and replays it, as all later calls do.
-    Replays run on the caller's stream. Without a GPU every call is eager.
+    kernels. The next call captures, which records the step without running it, and replays it, as all later calls do
+    (while SAM has skipped all steps, it is put off). Replays run on the caller's stream. Without a GPU every call is
+    eager.
 
     Args:
         step: step(*inputs) -> loss, a tensor without axes. The whole step: gradients, ascent, update. While it is
@@ -138,7 +140,7 @@ class GraphedStep:
             The loss, detached, in memory of its own.
         """
         self._place(inputs)
-        if self._graph is None and self._can_capture and self.calls >= self.warmup:
+        if self._graph is None and self._can_capture and self.calls >= self.warmup and self._has_state:
             # Gradients made in the capture are the graph's own. Older ones may be freed while it still writes to them.
             self.optimizer.zero_grad(set_to_none=True)
             self._captured, self._graph = _held(self.optimizer), self._capture()
@@ -173,6 +175,12 @@ class GraphedStep:
     def _can_capture(self) -> bool:
         return self.stream is not None
 
+    @property
+    def _has_state(self) -> bool:
+        """Whether momentum is there. A capture would make it a part of the graph; eager steps that are skipped, as for
+        an overflow, leave it to a later one."""
+        return getattr(self.optimizer, "base_has_stepped", True)
+
     def _capture(self) -> "torch.cuda.CUDAGraph":
         graph = torch.cuda.CUDAGraph()
         own = [self.optimizer.generator] if isinstance(self.optimizer, AverageSAM) else []
@@ -184,6 +192,25 @@ class GraphedStep:
 
 
 # ------------------------------------------------------------------------------------------------------ side by side
+
+
+class Streams(NamedTuple):
+    """The streams of one of several steps that run at once: for its work, to capture it, and for its shards."""
+
+    work: "torch.cuda.Stream"
+    capture: "torch.cuda.Stream"
+    shards: "tuple[torch.cuda.Stream, ...]"
+
+
+@cache
+def streams(device: torch.device, slot: int) -> Streams:
+    """Those of a slot, the same in every call.
+
+    torch has 32 streams and hands them out in turn, again and again, and keeps the workspace of matrix products by
+    stream: of two graphs captured on one stream, in step with each other, one may write where the other reads.
+    """
+    made = [torch.cuda.Stream(device) for _ in range(2 + SHARD_STREAMS)]
+    return Streams(made[0], made[1], tuple(made[2:]))
 
 
 def in_parallel(calls: Sequence[Callable[[], T]], streams: "Sequence[torch.cuda.Stream | None]" = ()) -> list[T]:

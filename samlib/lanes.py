@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from samlib import train
+from samlib.graph import streams
 from samlib.spec import RunSpec
 from samlib.store import Record, Store
 
@@ -22,6 +23,7 @@ class Lane:
     Args:
         spec, store, device, deadline, report: as for `train.run`.
         side_by_side: how many trainings there may be. One alone has no stream.
+        slot: from 1 to side_by_side, no other training's.
 
     Attributes:
         begun: whether a step has been made.
@@ -37,10 +39,13 @@ class Lane:
         deadline: float = math.inf,
         report: Callable[[Any], None] | None = None,
         side_by_side: int = 1,
+        slot: int = 1,
     ) -> None:
         self.spec, self.store, self.device = spec, store, train.choose_device(device)
-        self.stream = own_stream(self.device, side_by_side)
-        self.turns = train.turns(spec, store, self.device, deadline, report, side_by_side=side_by_side)
+        self.slot = slot if side_by_side > 1 else 0
+        self.stream = own_stream(self.device, self.slot)
+        lane = {"side_by_side": side_by_side, "slot": self.slot}
+        self.turns = train.turns(spec, store, self.device, deadline, report, **lane)
         self.states = _states(self.device)
         self.begun = self.ended = False
         self.record: Record | None = None
@@ -72,9 +77,9 @@ class Lane:
             _set_states(self.device, others)
 
 
-def own_stream(device: torch.device, side_by_side: int) -> "torch.cuda.Stream | None":
-    """For one of several trainings on a GPU; None for one alone, or on a CPU."""
-    return torch.cuda.Stream(device) if device.type == "cuda" and side_by_side > 1 else None
+def own_stream(device: torch.device, slot: int) -> "torch.cuda.Stream | None":
+    """For one of several trainings on a GPU; None for one alone, in slot 0, or on a CPU."""
+    return streams(device, slot).work if device.type == "cuda" and slot else None
 
 
 def on(stream: "torch.cuda.Stream | None") -> AbstractContextManager:

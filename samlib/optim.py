@@ -419,6 +419,11 @@ class SAM(Optimizer):
         """How many steps were skipped because of a gradient that was not finite. Waits for the device."""
         return self._now.skipped + (0 if self._now.skipped_on_device is None else int(self._now.skipped_on_device))
 
+    @property
+    def base_has_stepped(self) -> bool:
+        """Whether the base optimiser has made a step, and so has its state: not while all steps were skipped."""
+        return self._now.base_has_stepped
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`. With `flat`, `set_to_none=False` is one operation and the next
         backward pass adds straight into the buffer; a tensor it does not reach then has a gradient of 0, not None."""

@@ -61,7 +61,9 @@ def images_per_second(spec: RunSpec, device: torch.device, seconds: float, side_
     endless = specs_of.override(spec, ENDLESS)
     with torch.random.fork_rng():
         trainings = [train.Training.start(endless, device) for _ in range(side_by_side)]
-        rounds = _rounds(trainings, [own_stream(device, side_by_side) for _ in trainings])
+        for slot, training in enumerate(trainings, start=1):
+            training.slot = slot if side_by_side > 1 else 0
+        rounds = _rounds(trainings)
         synchronize(device)  # the streams do not wait for the images
         next(rounds)
         ends = time.monotonic() + seconds
@@ -78,12 +80,12 @@ def images_per_second(spec: RunSpec, device: torch.device, seconds: float, side_
     return steps * spec.train.batch_size / (time.monotonic() - begun)
 
 
-def _rounds(trainings: "Sequence[train.Training]", streams: "Sequence[torch.cuda.Stream | None]") -> Iterator[None]:
+def _rounds(trainings: "Sequence[train.Training]") -> Iterator[None]:
     """A step of each training in turn, without end."""
-    lanes = [(training, training.batches_left(), stream) for training, stream in zip(trainings, streams, strict=True)]
+    lanes = [(training, training.batches_left()) for training in trainings]
     while True:
-        for training, batches, stream in lanes:
-            with on(stream):
+        for training, batches in lanes:
+            with on(own_stream(training.device, training.slot)):
                 training.take(next(batches))
         yield
 

@@ -39,6 +39,7 @@ POOL_RESTARTS = 2  # a worker may be killed from outside; the same sweep starts 
 SAFETY = 1.2  # times its estimate must be left before anything is begun that cannot be gone on with
 LINE_SECONDS = 15.0  # between two lines of progress where standard error is no terminal
 LOOK_SECONDS = 1.0  # between two looks at a training
+MAX_SIDE_BY_SIDE = 4  # torch has no streams for more (samlib.graph.streams)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -96,8 +97,8 @@ def run_all(
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers = {workers}: use 1 or more")
-    if side_by_side < 1:
-        raise InputError(f"side_by_side = {side_by_side}: use 1 or more")
+    if not 1 <= side_by_side <= MAX_SIDE_BY_SIDE:
+        raise InputError(f"side_by_side = {side_by_side}: use 1 to {MAX_SIDE_BY_SIDE}")
     if deadline < math.inf and workers not in (None, 1):
         raise InputError(f"workers = {workers}: a sweep under a time limit runs in one process; leave it out")
     if side_by_side > 1 and workers not in (None, 1):
@@ -177,7 +178,7 @@ class Clock:
 
     deadline: float = math.inf
     speed: Speed = field(default_factory=Speed)
-    setup: float = 0.0  # seconds before the first step of a training, the longest that was seen
+    setup: float = 0.0  # seconds that the last training took for its beginning and its first step
 
     @property
     def runs_out(self) -> bool:
@@ -236,9 +237,14 @@ class Here:
             return run_one(spec, self.store, self.device, self.clock, self.progress.during)
         from samlib.lanes import Lane
 
-        deadline, report = self.clock.deadline, self.progress.during
-        self.lanes[specs_of.key(spec)] = Lane(spec, self.store, self.device, deadline, report, self.side_by_side)
+        free = next(slot for slot in range(1, 1 + self.side_by_side) if slot not in self.slots())
+        how = self.clock.deadline, self.progress.during, self.side_by_side, free
+        self.lanes[specs_of.key(spec)] = Lane(spec, self.store, self.device, *how)
         return None
+
+    def slots(self) -> set[int]:
+        """Those that trainings are in."""
+        return {lane.slot for lane in self.lanes.values()}
 
     def until_one_ends(self) -> Iterator[Record]:
         """Steps of all trainings in turn."""
@@ -255,12 +261,10 @@ class Here:
         begun, began = lane.begun, time.monotonic()
         try:
             lane.turn()
-        except InputError:
-            raise
         except Exception as error:
             lane.ended, lane.record = True, failed(lane.spec, self.store, error)
         if not begun:
-            self.clock.setup = max(self.clock.setup, time.monotonic() - began)
+            self.clock.setup = time.monotonic() - began
         return lane.record
 
     def learnt(self, record: Record | None) -> Iterator[Record]:
@@ -285,14 +289,21 @@ def run_one(
         if deadline < math.inf and not _has_models(spec, store, device, clock, report):
             return None
         return train.run(spec, store, device, deadline, report)
-    except InputError:
-        raise  # the same for every run of this machine: say so once and stop
     except Exception as error:
         return failed(spec, store, error)
 
 
 def failed(spec: Spec, store: Store, error: Exception) -> Record:
-    """The record of a run that an exception ended."""
+    """The record of a run that an exception ended.
+
+    Raises:
+        InputError, torch.AcceleratorError: the error itself. Every other run would end with it too: what is missing is
+            missing on this machine, and after an error of its kernels a GPU is lost to a process.
+    """
+    import torch
+
+    if isinstance(error, InputError | torch.AcceleratorError):
+        raise error
     record = Record(specs_of.key(spec), specs_of.canonical(spec), "failed", numerics=NUMERICS)
     record.error = f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
     store.save(record)

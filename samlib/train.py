@@ -24,7 +24,7 @@ from samlib.arithmetic import arithmetic
 from samlib.augment import Augmentation
 from samlib.closures import Closures, Mixed, StreamedClosures, can_stream, compiled, in_layout
 from samlib.errors import InputError
-from samlib.graph import GraphedStep, assign, make_static
+from samlib.graph import GraphedStep, Streams, assign, make_static, streams
 from samlib.half import is_half
 from samlib.measures import WeightLoss, asymmetry, connectivity, hessian, precision, sharpness, tails
 from samlib.spec import CheckSpec, ConnectSpec, MeasureSpec, OptimSpec, RunSpec, Spec
@@ -38,7 +38,7 @@ SPLITS = ("train", "validation", "test")
 RESUMED = ("epoch", "step", "seconds", "history", "epoch_order", "losses", "skipped")
 CHECKPOINT = {*RESUMED, "numerics", "model", "optimizer", "random", "cuda_random", "draws"}
 ACTING = ("norm_ratio", "cosine", "unmoved_fraction")  # of the perturbation, at the precision of a run
-STREAMS = 4  # of the shards of a mini-batch, where a graph keeps the step
+STEPS_AHEAD = 100  # that the host may be ahead of a GPU, so that a clock on the host and a deadline mean something
 
 # ---------------------------------------------------------------------------------------------- one run
 
@@ -125,16 +125,20 @@ def turns(
     graph: bool | None = None,
     compile: bool | None = None,
     side_by_side: int = 1,
+    slot: int = 0,
 ) -> Generator[None, None, Record | None]:
     """`train`, a step in each turn, so that trainings can go on side by side; returns at its end what `train` does.
     torch's global generators have to be this training's own in each turn.
 
     Args:
-        side_by_side: of how many trainings this is one; the record says so.
+        side_by_side: of how many trainings this is one; the record says so. One with dropout is then made without a
+            graph, since graphs that run at once cannot share torch's generator.
+        slot: of streams, no other training's at the same time; 0 is that of a training alone.
     """
     checkpoint = store.checkpoint_path(specs_of.key(spec))
+    graph = False if side_by_side > 1 and spec.model.dropout else graph
     training = Training.start(spec, device, graph, compile)
-    training.side_by_side = side_by_side
+    training.side_by_side, training.slot = side_by_side, slot
     training.resume(checkpoint)
     yield from training.turns(partial(training.save, checkpoint), deadline, report)
     if training.status == "running":
@@ -358,7 +362,7 @@ class Training:
     compiled: bool = False
     side_by_side: int = 1
     graphed: GraphedStep | None = None
-    streams: list["torch.cuda.Stream"] = field(default_factory=list)  # of the shards of a graph
+    slot: int = 0  # of the streams of a graph
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -436,7 +440,8 @@ class Training:
         for indices in self.batches_left():
             now = time.monotonic()
             if now > min(deadline, saved + CHECKPOINT_SECONDS):
-                self.seconds += now - began
+                self.wait()
+                self.seconds += time.monotonic() - began
                 save()
                 saved = began = time.monotonic()
                 if now > deadline:
@@ -444,9 +449,16 @@ class Training:
             if report is not None:
                 report(self)
             self.take(indices)
+            if self.step % STEPS_AHEAD == 0:
+                self.wait()
             self.seconds += time.monotonic() - began
             yield
             began = time.monotonic()
+
+    def wait(self) -> None:
+        """Until a GPU has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def batches_left(self) -> Iterator[Tensor]:
         """The indices of every mini-batch from this step on, for as long as the training runs."""
@@ -487,12 +499,16 @@ class Training:
     def as_graph(self, chosen: Tensor) -> GraphedStep:
         """The step of this training as a graph, made once."""
         if self.graphed is None:
-            if self.device.type == "cuda" and specs_of.num_shards(self.spec) > 1:
-                self.streams = [torch.cuda.Stream(self.device) for _ in range(STREAMS)]
             drawn = [self.draws] if self.augmentation.active else []
             step = partial(self.one_step, ascent=self.spec.optim.method != "sgd")
-            self.graphed = GraphedStep(step, self.optimizer, [chosen], generators=drawn)
+            stream = self.streams.capture if self.streams else None
+            self.graphed = GraphedStep(step, self.optimizer, [chosen], generators=drawn, stream=stream)
         return self.graphed
+
+    @property
+    def streams(self) -> Streams | None:
+        """None on a CPU."""
+        return streams(self.device, self.slot) if self.device.type == "cuda" else None
 
     def augmented(self, chosen: Tensor, labels: Tensor) -> tuple[Tensor, Mixed | None]:
         """These training images, augmented, and what of others is mixed into them."""
@@ -514,7 +530,7 @@ class Training:
     def step_on(self, inputs: Tensor, labels: Tensor, mixed: Mixed | None = None, ascent: bool = True) -> Tensor:
         closures = self.closures(inputs, labels, mixed, whole=not ascent)
         if self.graph and ascent and can_stream(self.spec, len(labels)):
-            loss = self.optimizer.step(StreamedClosures(closures, self.streams))
+            loss = self.optimizer.step(StreamedClosures(closures, self.streams.shards if self.streams else ()))
         elif isinstance(self.optimizer, optim.SAM):
             loss = self.optimizer.step(
                 closures.one_by_one, weights=closures.weights, replay_rng=self.spec.train.replay_dropout

@@ -176,7 +176,7 @@ def grid(folder: Path) -> None:
 
 def side_by_side(folder: Path) -> None:
     """Three trainings as graphs, two at a time, the shards of each on streams of their own."""
-    changes = {"num_shards": 4, "clip": "none", "weight_decay_in": "update", "logged_loss": "w", "dropout": 0.2}
+    changes = {"num_shards": 4, "clip": "none", "weight_decay_in": "update", "logged_loss": "w"}
     spec, store = specs_of.override(SMALL, changes), Store(folder / "lanes", writable=True)
     os.environ["SAMLIB_GRAPH"] = "1"
     try:

@@ -90,7 +90,7 @@ def test_runs_side_by_side_are_asked_for_by_name(study, capsys):
     assert made == {"train": 2, "measure": None, "check": None}
     assert all(probe["images_per_second"] > 0 for probe in store.probes())
     assert cli.main(["run", "--device", "cpu", "--side-by-side", "0"]) == cli.INPUT_ERROR
-    assert "side_by_side = 0: use 1 or more" in capsys.readouterr().err
+    assert "side_by_side = 0: use 1 to 4" in capsys.readouterr().err
 
 
 def test_compiled_passes_are_asked_for_by_name(study, monkeypatch):

@@ -292,6 +292,22 @@ def test_a_step_that_is_not_finite_leaves_the_weights_and_is_counted(flat):
     assert all(tensor.isfinite().all() for tensor in trained())
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_while_all_steps_were_skipped_there_is_no_momentum_and_no_capture(flat):
+    model, opt, taped = graphed("sam", flat=flat)
+    plain_model = network()
+    _, step = make("sam", plain_model, fused=True, flat=flat)
+    bad, *good = batches(6)
+    for _ in range(5):
+        taped(torch.full_like(bad[0], math.nan), bad[1])
+    assert (opt.skipped_steps, taped._graph) == (5, None)
+    for batch in good:
+        taped(*batch)
+        step(*batch)
+    assert isinstance(taped._graph, Tape)
+    assert_close(list(model.parameters()), list(plain_model.parameters()))
+
+
 # ----------------------------------------------------------------------------------------------- a step that is static
 
 

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "half": {"torch"},
     "pack": {"errors", "experiments", "half", "spec", "store"},
     "estimate": {"errors", "experiments", "spec", "store"},
-    "lanes": {"spec", "store", "train", "torch"},
+    "lanes": {"graph", "spec", "store", "train", "torch"},
     "probe": {"estimate", "lanes", "provenance", "spec", "store", "train", "torch"},
     "sweep": {"arithmetic", "errors", "estimate", "lanes", "spec", "store", "train", "torch", "tqdm"},
     "stats": {"errors", "numpy", "scipy"},

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import torch
 
+from samlib import graph, sweep, train
 from samlib import spec as specs_of
-from samlib import sweep, train
 from samlib.errors import InputError
 from samlib.estimate import Speed
 from samlib.spec import (
@@ -248,7 +248,7 @@ def test_a_run_that_diverged_is_not_trained_again_for_what_is_measured_of_it(sto
 DROPPING = [specs_of.override(TINY, {"dropout": 0.5, "epochs": 3 - seed, "seed": seed}) for seed in range(2)]
 
 
-@pytest.mark.parametrize("side_by_side", [2, 5])
+@pytest.mark.parametrize("side_by_side", [2, 4])
 def test_side_by_side_runs_have_the_numbers_of_runs_alone(store, tmp_path, side_by_side):
     """Also where they draw dropout masks in turn, and where one ends before the other."""
     specs, alone = [*RUNS, *DROPPING, *MEASURES], Store(tmp_path / "alone", writable=True)
@@ -297,9 +297,33 @@ def test_side_by_side_each_has_its_share_of_the_time(store):
 def test_side_by_side_is_one_process_and_at_least_one_run(store):
     with pytest.raises(InputError, match="workers = 2"):
         sweep.run_all(RUNS, store, workers=2, side_by_side=2)
-    with pytest.raises(InputError, match="side_by_side = 0"):
-        sweep.run_all(RUNS, store, side_by_side=0)
+    for bad in (0, 5):
+        with pytest.raises(InputError, match=f"side_by_side = {bad}: use 1 to 4"):
+            sweep.run_all(RUNS, store, side_by_side=bad)
     assert not store.folder.exists()
+
+
+def test_there_are_streams_for_as_many_and_for_one_that_is_trained_again_beside_them():
+    torch_has = 32
+    assert torch_has >= (sweep.MAX_SIDE_BY_SIDE + 1) * (2 + graph.SHARD_STREAMS)
+
+
+def test_an_error_that_every_run_would_end_with_ends_the_sweep(store, monkeypatch):
+    def fail(*_, **__):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("samlib.train.Training.start", fail)
+    with pytest.raises(torch.AcceleratorError):
+        sweep.run_all(RUNS[:2], store, workers=1, device="cpu")
+    assert store.recorded() == []
+
+
+def test_with_dropout_a_run_among_others_has_no_graph(store, monkeypatch):
+    monkeypatch.setenv("SAMLIB_GRAPH", "1")
+    specs = [DROPPING[0], RUNS[1]]
+    sweep.run_all(specs, store, device="cpu", side_by_side=2)
+    made = [store.load(key).environment.get("graph") for key in keys(*specs)]
+    assert made == [None, True]
 
 
 # ------------------------------------------------------------------------------------------------ under a clock

@@ -361,4 +361,4 @@ def _named(name: str, known: dict[str, list[Case]]) -> list[Case]:
 
 def _quick(case: Case) -> Case:
     comparisons = case.comparisons if case.section in ("mlp", "engine") else case.comparisons[:1]
-    return replace(case, batch=min(case.batch, 4), comparisons=comparisons, rounds=2, processes=1, threads=1)
+    return replace(case, batch=min(case.batch, 8), comparisons=comparisons, rounds=2, processes=1, threads=1)
