@@ -379,6 +379,6 @@ def _equal(value: Any, other: Any) -> bool:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    # A step asks for those of all parameters once and of their gradients four times. On many small ones that counts, and
-    # `map` is quicker.
+    # A step asks for those of all parameters once and of their gradients four times. On many small ones that counts,
+    # and `map` is quicker.
     return list(map(Tensor.data_ptr, tensors))

@@ -29,10 +29,10 @@ from samlib.errors import InputError
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 
-# Measured on two CPU cores, eager, at 4, 8 and 16 shards of a batch of 128. For a ResNet-20 (0.27 M parameters) and an MLP
-# of 0.28 M the vectorised passes win from 8 shards on; for an MLP of 1.3 M they lose at all three, since they write and
-# read a copy of all weights and gradients per shard. With one thread, which small calls keep busy, the ResNet-20 loses by
-# a tenth at 16. Not yet measured on a GPU.
+# Measured on two CPU cores, eager, at 4, 8 and 16 shards of a batch of 128. For a ResNet-20 (0.27 M parameters) and an
+# MLP of 0.28 M the vectorised passes win from 8 shards on; for an MLP of 1.3 M they lose at all three, since they write
+# and read a copy of all weights and gradients per shard. With one thread, which small calls keep busy, the ResNet-20
+# loses by a tenth at 16. Not yet measured on a GPU.
 MIN_SHARDS = 8
 COMPILES_AUTOGRAD = (2, 15)  # the first torch with which the compiled passes were tried and work; 2.11 does not
 MAX_PARAMETERS = 500_000
