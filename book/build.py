@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    source = stage(notebooks, verdicts, findings.full_scale(args.profile), args.out)
+    source = stage(notebooks, verdicts, findings.on_gpu(args.profile), args.out)
     if not build(source, args.out):
         return 1
     print(f"book: {(args.out / 'html' / 'index.html').resolve()}")

@@ -20,7 +20,7 @@ from samlib.store import open_store
 
 BENCH = Path(__file__).resolve().parent.parent / "results" / "bench"
 MOST_LINES = 4  # of statistics in one row of the table
-FULL_SCALE = "gpu"  # the profile whose verdicts stand beside those of another
+REAL = "gpu"  # the profile whose verdicts stand beside those of another
 BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
 
 
@@ -34,38 +34,38 @@ def findings(
 
     Args:
         mark: dresses the outcome.
-        full: the verdicts at full scale, which get a column as soon as one of them is decided.
+        full: the verdicts on CIFAR-10, which get a column as soon as one of them is decided.
     """
     beside = {verdict.claim: verdict for verdict in full if verdict.outcome != NOT_RUN}
     decided = [verdict for verdict in verdicts if verdict.outcome != NOT_RUN or verdict.claim in beside]
-    words = "\n\n".join([tally(verdicts), *([tally_at_full_scale(full)] if full else [])])
+    words = "\n\n".join([tally(verdicts), *([tally_on_cifar(full)] if full else [])])
     if not decided:
         return f"{words}\n"
     head = ["Claim", "Outcome", "Statistic, mean and 95 % interval", "Published"]
     rows = [finding(verdict, mark) for verdict in decided]
     if beside:
-        head.insert(3, "At full scale")
+        head.insert(3, "On CIFAR-10")
         for verdict, row in zip(decided, rows, strict=True):
-            row.insert(3, at_full_scale(beside.get(verdict.claim), mark))
+            row.insert(3, on_cifar(beside.get(verdict.claim), mark))
     return f"{words}\n\n{table(head, rows)}\n"
 
 
-def full_scale(profile: str) -> list[claims.Verdict]:
-    """The verdicts from the committed records at full scale, to stand beside those of another profile."""
-    if profile == FULL_SCALE:
+def on_gpu(profile: str) -> list[claims.Verdict]:
+    """The verdicts from the committed records on CIFAR-10, to stand beside those of another profile."""
+    if profile == REAL:
         return []
-    return claims.verdicts(FULL_SCALE, open_store(FULL_SCALE, "results"))
+    return claims.verdicts(REAL, open_store(REAL, "results"))
 
 
-def tally_at_full_scale(verdicts: Sequence[claims.Verdict]) -> str:
+def tally_on_cifar(verdicts: Sequence[claims.Verdict]) -> str:
     bound = [verdict for verdict in verdicts if experiments.decides(verdict.claim, verdict.profile)[1]]
     decided = [verdict for verdict in bound if verdict.outcome != NOT_RUN]
     left = f"{len(decided)} are decided, the runs of the others are pending" if decided else "none is decided yet"
-    return f"Of the {len(bound)} claims that have runs at full scale, the profile `{FULL_SCALE}`, {left}."
+    return f"Of the {len(bound)} claims that have runs on CIFAR-10, the profile `{REAL}`, {left}."
 
 
-def at_full_scale(verdict: claims.Verdict | None, mark: Callable[[str], str]) -> str:
-    """The outcome at full scale and what it rests on; empty where nothing is decided."""
+def on_cifar(verdict: claims.Verdict | None, mark: Callable[[str], str]) -> str:
+    """The outcome on CIFAR-10 and what it rests on; empty where nothing is decided."""
     if verdict is None:
         return ""
     outcome, statistic = finding(verdict, mark)[1:3]
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         verdicts = claims.verdicts(args.profile, open_store(args.profile, args.store))
-        found = findings(verdicts, full=full_scale(args.profile))
+        found = findings(verdicts, full=on_gpu(args.profile))
         text = replace_between_markers(args.file.read_text(encoding="utf-8"), found)
     except InputError as error:
         print(f"error: {args.file}: {error}", file=sys.stderr)

@@ -145,6 +145,7 @@ def run_pending(options: argparse.Namespace) -> int:
     began = time.monotonic()
     from samlib import sweep
 
+    sweep.check_side_by_side(options.side_by_side)
     limit = estimate.duration(options.time_limit) if options.time_limit else math.inf
     if limit < math.inf:  # schedulers and `timeout` send it: the checkpoint and the export are still written
         signal.signal(signal.SIGTERM, interrupt)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from samlib import batchnorm
 from samlib.arithmetic import arithmetic
 from samlib.graph import ParallelShards
-from samlib.spec import ModelSpec, RunSpec
+from samlib.spec import RunSpec
 from samlib.two_products import two_products
 
 
@@ -197,21 +197,25 @@ def can_stream(spec: RunSpec, size: int) -> bool:
         settings.weight_decay_in == "loss",
         settings.second_pass == "two_products",
         settings.shard_batchnorm == "batch",
+        spec.model.dropout > 0,  # it would draw other masks
         train.logged_loss == "w+eps",
         train.precision == "fp16",
     ]
     return settings.method in ("sam", "asam") and shards > 1 and size % shards == 0 and not any(between)
 
 
-def compiled(model: nn.Module, spec: ModelSpec) -> Callable[[Tensor], Tensor]:
-    """`model(inputs)` in kernels that torch.compile makes, without graph trees. Networks of one spec share them: with
-    another seed nothing is compiled anew. Every shape and every state of batch norm is compiled for itself."""
-    return partial(_compiled_call(spec), model)
+def compiled(model: nn.Module, spec: RunSpec) -> Callable[[Tensor], Tensor]:
+    """`model(inputs)` in kernels that torch.compile makes, without graph trees. Runs of the same network on batches and
+    shards of the same sizes, at the same precision, share them: with another seed nothing is compiled anew."""
+    settings, train = spec.optim, spec.train
+    sizes = train.batch_size, settings.num_shards, settings.shard_size, settings.shard_batchnorm
+    return partial(_compiled_call(spec.model, *sizes, train.precision), model)
 
 
 @cache
-def _compiled_call(_: ModelSpec) -> Callable[[nn.Module, Tensor], Tensor]:
-    """torch counts what it compiles, against a limit, with a function's code: so each network has a copy of it."""
+def _compiled_call(*_: Any) -> Callable[[nn.Module, Tensor], Tensor]:
+    """torch compiles every shape and every state of batch norm for itself, and counts them, against a limit of 8, with
+    a function's code: so each setting has a copy of it."""
     copied = FunctionType(_call.__code__.replace(), _call.__globals__)
     return torch.compile(copied, fullgraph=True, dynamic=False)
 

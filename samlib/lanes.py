@@ -58,7 +58,7 @@ class Lane:
             except StopIteration as end:
                 self.ended = True
                 self.record = None if end.value is None else train.finish(end.value, self.store)
-            if not self.begun and self.stream is not None:  # others may use the images it has brought to the GPU
+            if not self.begun and self.stream is not None:  # others may use what it has brought to the GPU for all
                 torch.cuda.synchronize(self.device)
             self.begun = True
 

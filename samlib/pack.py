@@ -118,7 +118,8 @@ def export(
     finished runs and the checkpoints of runs in progress that are not there either, as far as there is room: weights
     first, since one file of them is worth a whole run, and of each kind the newest first.
 
-    Each file is replaced as a whole, so that an export cut at any moment leaves the records of the one before.
+    Each file is replaced as a whole, so that an export cut at any moment leaves the records of the one before, as long
+    as these fit into one file.
 
     Args:
         weights: 'full', or 'half' for weights rounded to float16 (`samlib.half`), which take half the room; a run of

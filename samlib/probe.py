@@ -60,9 +60,8 @@ def images_per_second(spec: RunSpec, device: torch.device, seconds: float, side_
     which are not timed (the very first one, which may compile, does not count at all)."""
     endless = specs_of.override(spec, ENDLESS)
     with torch.random.fork_rng():
-        trainings = [train.Training.start(endless, device) for _ in range(side_by_side)]
-        for slot, training in enumerate(trainings, start=1):
-            training.slot = slot if side_by_side > 1 else 0
+        slots = range(1, side_by_side + 1) if side_by_side > 1 else [0]
+        trainings = [train.Training.start(endless, device, side_by_side=side_by_side, slot=slot) for slot in slots]
         rounds = _rounds(trainings)
         synchronize(device)  # the streams do not wait for the images
         next(rounds)

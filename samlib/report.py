@@ -150,7 +150,7 @@ def pending_text(study: Study) -> str:
     return lines[0] + "".join(f"\n{line}" for line in ["", *lines[1:]] if len(lines) > 1)
 
 
-def outcomes_beside(studies: Sequence[Study], claims: Iterable[str]) -> pd.DataFrame:
+def outcomes_beside(studies: Sequence[Study], claims: Sequence[str]) -> pd.DataFrame:
     """The outcome for each claim on the profile of each study."""
     verdicts = {study.profile: {claim: study.verdict(claim) for claim in claims} for study in studies}
     columns = {

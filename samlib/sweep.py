@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from samlib import spec as specs_of
 from samlib.errors import InputError
-from samlib.estimate import Speed
+from samlib.estimate import Speed, setting
 from samlib.spec import RunSpec, Spec
 from samlib.store import NUMERICS, Record, RecordError, Store, parent_run, pending
 
@@ -88,7 +88,7 @@ def run_all(
         titles: what to call a run while it runs, by key.
         after: called with each record.
         side_by_side: trainings that this process makes a step of in turn; more than 1 pays on a GPU that one of them
-            does not fill. No number depends on it.
+            does not fill. No number depends on it, but for runs with dropout that would have a graph alone.
 
     Raises:
         InputError: the store cannot be written, or a spec asks for what this machine does not have. Records finished
@@ -97,8 +97,7 @@ def run_all(
     """
     if workers is not None and workers < 1:
         raise InputError(f"workers = {workers}: use 1 or more")
-    if not 1 <= side_by_side <= MAX_SIDE_BY_SIDE:
-        raise InputError(f"side_by_side = {side_by_side}: use 1 to {MAX_SIDE_BY_SIDE}")
+    check_side_by_side(side_by_side)
     if deadline < math.inf and workers not in (None, 1):
         raise InputError(f"workers = {workers}: a sweep under a time limit runs in one process; leave it out")
     if side_by_side > 1 and workers not in (None, 1):
@@ -130,6 +129,15 @@ def run_all(
         summary.left = len(todo) - progress.ended
     summary.seconds = time.perf_counter() - started
     return summary
+
+
+def check_side_by_side(number: int) -> None:
+    """
+    Raises:
+        InputError: none, or more than there are streams for.
+    """
+    if not 1 <= number <= MAX_SIDE_BY_SIDE:
+        raise InputError(f"side_by_side = {number}: use 1 to {MAX_SIDE_BY_SIDE}")
 
 
 def put_aside_unusable(store: Store) -> None:
@@ -178,7 +186,7 @@ class Clock:
 
     deadline: float = math.inf
     speed: Speed = field(default_factory=Speed)
-    setup: float = 0.0  # seconds that the last training took for its beginning and its first step
+    setups: dict[str, float] = field(default_factory=dict)  # seconds of a beginning and a first step, by setting
 
     @property
     def runs_out(self) -> bool:
@@ -193,8 +201,17 @@ class Clock:
         anything else if it is expected to end in time."""
         if not self.runs_out:
             return True
-        needed = 0.0 if isinstance(spec, RunSpec) else SAFETY * self.speed.estimate(spec).seconds
-        return self.left > self.setup + needed
+        if isinstance(spec, RunSpec):
+            return self.left > self.setups.get(setting(spec), self.longest_setup)
+        return self.left > self.longest_setup + SAFETY * self.speed.estimate(spec).seconds
+
+    @property
+    def longest_setup(self) -> float:
+        return max(self.setups.values(), default=0.0)
+
+    def note_setup(self, spec: RunSpec, seconds: float) -> None:
+        """The last one of a setting counts: the first may have compiled, or waited for the GPU itself to begin."""
+        self.setups[setting(spec)] = seconds
 
 
 class Here:
@@ -264,7 +281,7 @@ class Here:
         except Exception as error:
             lane.ended, lane.record = True, failed(lane.spec, self.store, error)
         if not begun:
-            self.clock.setup = time.monotonic() - began
+            self.clock.note_setup(lane.spec, time.monotonic() - began)
         return lane.record
 
     def learnt(self, record: Record | None) -> Iterator[Record]:
@@ -503,7 +520,8 @@ class Progress:
 
     def end(self, record: Record) -> None:
         self.ended += 1
-        self.trainings = {i: one for i, one in self.trainings.items() if specs_of.key(one.spec) != record.key}
+        left = {i: one for i, one in self.trainings.items() if one.status == "running"}
+        self.trainings = {i: one for i, one in left.items() if specs_of.key(one.spec) != record.key}
         self.looked = None
         self.cost += self.costs[record.key]
         self.current = f"{self.titles.get(record.key, record.key)}: {record.status}"

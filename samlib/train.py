@@ -36,7 +36,7 @@ CHECKPOINT_SECONDS = 60.0  # between two checkpoints of a run
 MEASURE_BATCH = 1000  # images whose graph is held at a time; changes no number in eval mode
 SPLITS = ("train", "validation", "test")
 RESUMED = ("epoch", "step", "seconds", "history", "epoch_order", "losses", "skipped")
-CHECKPOINT = {*RESUMED, "numerics", "model", "optimizer", "random", "cuda_random", "draws"}
+CHECKPOINT = {*RESUMED, "numerics", "graph", "compiled", "model", "optimizer", "random", "cuda_random", "draws"}
 ACTING = ("norm_ratio", "cosine", "unmoved_fraction")  # of the perturbation, at the precision of a run
 STEPS_AHEAD = 100  # that the host may be ahead of a GPU, so that a clock on the host and a deadline mean something
 
@@ -68,7 +68,10 @@ def run(
             GPU.
         compile: make the passes of a training in kernels of torch.compile, which takes a minute or so for the first run
             of a network. It differs from the plain ones by rounding, and leaves out runs at an emulated precision, with
-            `replay_dropout` or `two_products`. None: as the environment variable SAMLIB_COMPILE says.
+            `replay_dropout` or `two_products`, and shards that a graph has on streams of their own. None: as the
+            environment variable SAMLIB_COMPILE says.
+
+    A run that was cut goes on in the way it was begun, whatever `graph` and `compile` say.
 
     Returns:
         The record; None for a training that the deadline cut.
@@ -131,15 +134,18 @@ def turns(
     torch's global generators have to be this training's own in each turn.
 
     Args:
-        side_by_side: of how many trainings this is one; the record says so. One with dropout is then made without a
-            graph, since graphs that run at once cannot share torch's generator.
+        side_by_side: how many trainings there may be at a time; the record says so.
         slot: of streams, no other training's at the same time; 0 is that of a training alone.
     """
     checkpoint = store.checkpoint_path(specs_of.key(spec))
-    graph = False if side_by_side > 1 and spec.model.dropout else graph
-    training = Training.start(spec, device, graph, compile)
-    training.side_by_side, training.slot = side_by_side, slot
-    training.resume(checkpoint)
+    state = read_checkpoint(checkpoint)
+    if state is not None:  # the optimiser's state is one with the way its steps are made
+        graph, compile = state["graph"], state["compiled"]
+    training = Training.start(spec, device, graph, compile, side_by_side, slot)
+    if state is not None and (training.graph, training.compiled) == (graph, compile):
+        training.restore(state)
+    elif state is not None:
+        set_aside(checkpoint, "its steps were made in a way that is impossible here")
     yield from training.turns(partial(training.save, checkpoint), deadline, report)
     if training.status == "running":
         return None
@@ -326,6 +332,7 @@ def trained_weights(spec: RunSpec, store: Store, device: torch.device) -> dict[s
             return state
     if diverged or train(spec, store, device).status != "done":
         return None
+    store.checkpoint_path(specs_of.key(spec)).unlink(missing_ok=True)
     return load_tensors(store.weights_path(specs_of.key(spec)))
 
 
@@ -361,8 +368,8 @@ class Training:
     graph: bool = False
     compiled: bool = False
     side_by_side: int = 1
-    graphed: GraphedStep | None = None
     slot: int = 0  # of the streams of a graph
+    graphed: GraphedStep | None = None
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -373,12 +380,20 @@ class Training:
 
     @classmethod
     def start(
-        cls, spec: RunSpec, device: torch.device, graph: bool | None = None, compile: bool | None = None
+        cls,
+        spec: RunSpec,
+        device: torch.device,
+        graph: bool | None = None,
+        compile: bool | None = None,
+        side_by_side: int = 1,
+        slot: int = 0,
     ) -> "Training":
+        """A training that has made no step; arguments as for `run` and `turns`."""
         graph = os.environ.get("SAMLIB_GRAPH") == "1" if graph is None else graph
         compile = os.environ.get("SAMLIB_COMPILE") == "1" if compile is None else compile
-        graph = graph and not (spec.optim.is_hybrid or spec.train.replay_dropout)  # they have no one sequence
-        compile = compile and can_compile(spec, device)
+        graph = graph and can_be_graph(spec, side_by_side)
+        streamed = graph and can_stream(spec, spec.train.batch_size)
+        compile = compile and can_compile(spec, device) and not streamed
         splits = load_splits(spec, device)
         model = build_model(spec, splits, device)
         torch.manual_seed(data.generator(spec.seed, "dropout").initial_seed())
@@ -388,9 +403,9 @@ class Training:
         order = data.generator(spec.seed, "order")
         draws = torch.Generator(device).manual_seed(data.generator(spec.seed, "augmentation").initial_seed())
         augmentation = Augmentation(**dataclasses.asdict(spec.augment))
-        forward = compiled(model, spec.model) if compile else model
+        forward = compiled(model, spec) if compile else model
         drawn = order, order.get_state(), augmentation, draws
-        training = cls(spec, device, splits, model, optimizer, *drawn, forward, graph, compile)
+        training = cls(spec, device, splits, model, optimizer, *drawn, forward, graph, compile, side_by_side, slot)
         if training.steps_per_epoch == 0:
             raise InputError(
                 f"train.batch_size = {spec.train.batch_size} is larger than the {len(splits.train)} training images: "
@@ -617,6 +632,8 @@ class Training:
             {name: getattr(self, name) for name in RESUMED}
             | {
                 "numerics": NUMERICS,
+                "graph": self.graph,
+                "compiled": self.compiled,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "draws": self.draws.get_state(),
@@ -625,17 +642,9 @@ class Training:
             },
         )
 
-    def resume(self, path: Path) -> None:
-        """Goes back to a checkpoint if there is one; the run is then the same as one that was never cut.
-
-        A checkpoint of other code, which may not fit or may mix two sets of numbers, is set aside.
-        """
-        state = load_tensors(path)
-        if state is None:
-            return
-        if state.get("numerics") != NUMERICS or set(state) != CHECKPOINT:
-            set_aside(path, "it was written by another version of samlib")
-            return
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to a checkpoint of a training that was started in the same way; the run is then the same as one
+        that was never cut."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.graph:
@@ -647,6 +656,16 @@ class Training:
         for name in RESUMED:
             setattr(self, name, state[name])
         self.losses = [loss.to(self.device) for loss in self.losses]  # a checkpoint is read on the CPU
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """What `Training.save` wrote; None if there is none. That of other code, which may not fit or may mix two sets of
+    numbers, is set aside."""
+    state = load_tensors(path)
+    if state is not None and (state.get("numerics") != NUMERICS or set(state) != CHECKPOINT):
+        set_aside(path, "it was written by another version of samlib")
+        return None
+    return state
 
 
 # ---------------------------------------------------------------------------------------------- building blocks
@@ -709,6 +728,13 @@ class ClippedSGD(torch.optim.SGD):
         nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], self.clip_norm)
         super().step()
         return loss
+
+
+def can_be_graph(spec: RunSpec, side_by_side: int = 1) -> bool:
+    """Whether a graph may keep the step of a run: it has one sequence of operations, and no dropout where other graphs
+    run at the same time, which would draw from the same generator."""
+    other_sequences = spec.optim.is_hybrid or spec.train.replay_dropout
+    return not (other_sequences or (spec.model.dropout and side_by_side > 1))
 
 
 def can_compile(spec: RunSpec, device: torch.device) -> bool:

@@ -4,28 +4,26 @@
 #
 # At home, before each lease, with all work committed:
 #
-#     bash scripts/lease.sh home FOLDER     # which holds unpack.py and cifar10/: twelve .webp, labels.npz, batches.meta
+#     bash scripts/lease.sh home FOLDER     # with unpack.py and cifar10/: twelve .webp, labels.npz, batches.meta
 #
-# makes .lease, which git ignores: the images in two halves of 50 MB, since no more than 64 MiB can be carried at a
-# time, and a kit of the commit's name and of the one package that the bench needs and the machine lacks (the others
-# are there; those of the test extra that are not, the tests on a GPU do without). On the machine, one call after the
-# other without a pause, since it is given back when idle:
+# makes .lease, which git ignores: the images in two halves of 50 MB, for machines to which no more than 64 MiB go at a
+# time, and a kit of the commit's name and of the one package that the bench needs and such machines lack (of the test
+# extra they need no more). On the machine, one after the other without a pause, each with the named parts of .lease:
 #
-#     command                                                                    carry                       timeout_s
-#     bash scripts/lease.sh data1 && bash scripts/lease.sh tests                 .lease/kit, .lease/half1    600
-#     bash scripts/lease.sh data2 && bash scripts/lease.sh probe --graph         .lease/kit, .lease/half2    300
-#     bash scripts/lease.sh sweep 9m --graph                                     .lease/kit                  600
-#     bash scripts/lease.sh bench engine                                         .lease/kit                  600
+#     data1, tests                                      kit, half1
+#     data2, probe --graph                              kit, half2
+#     sweep 9m --graph                                  kit
+#     bench engine                                      kit
 #
-# Bring what a call left in $OUT home before the next one empties it. `sweep` goes on where the one before it stopped,
-# as long as it is the same machine. Leave --graph out unless `tests` has passed. Afterwards, at home:
+# Bring what is in $OUT home after each. `sweep` goes on where the one before it stopped, as long as it is the same
+# machine. Leave --graph out unless `tests` has passed. Afterwards, at home:
 #
 #     .venv/bin/python -m samlib import PATH/export                        # into runs; records that are sound into
 #     .venv/bin/python -m samlib import PATH/export --store results        # results, and commit them: the next lease
 #                                                                          # makes no run that it finds there
 #     cp PATH/probe.json results/gpu/                                      # for estimates of the next lease
 #
-# A checkpoint that came back goes along as `carry runs/gpu` in the first call alone: later it would undo what was done.
+# A checkpoint that came back goes along in runs/gpu with the first stage alone: later it would undo what was done.
 #
 # Environment: PYTHON (python3), DEVICE (cuda), WORK (~/lease: data and packages on the machine), LIMIT (560 seconds,
 # after which tests and bench are interrupted). With OUT, DEVICE=cpu and .venv/bin/python every stage runs at home, too.
@@ -45,7 +43,7 @@ home() {
     rm -rf .lease && mkdir -p .lease/kit .lease/half1 .lease/half2
     git describe --always --abbrev=40 --dirty --exclude '*' >.lease/kit/commit
     package=$(grep -o '^pytorch-optimizer==[0-9.]*' requirements.lock)
-    python3 -m pip download -q --no-deps --only-binary=:all: -d .lease/kit "$package"
+    "$PYTHON" -m pip download -q --no-deps --only-binary=:all: -d .lease/kit "$package"
     cp "$from"/cifar10/train-0[0-5].webp .lease/half1
     cp "$from"/unpack.py "$from"/cifar10/train-0[6-9].webp "$from"/cifar10/test-*.webp .lease/half2
     cp "$from"/cifar10/labels.npz "$from"/cifar10/batches.meta .lease/half2
@@ -82,7 +80,7 @@ samlib_run() {
 
 probe() {
     samlib_run --probe --dry-run --time-limit 9m "$@" 2>&1 | tee "$OUT/plan.txt"
-    cp runs/gpu/probe.json "$OUT"
+    if [ -f runs/gpu/probe.json ]; then cp runs/gpu/probe.json "$OUT"; fi
 }
 
 sweep() {
@@ -101,7 +99,7 @@ bench() {
 
 if [ "$stage" != home ]; then
     mkdir -p "${OUT:?the folder for what comes back}" "$WORK"
-    [ -d "$WORK/site" ] || python3 -m pip install -q --no-index --no-deps --target "$WORK/site" .lease/kit/*.whl
+    [ -d "$WORK/site" ] || "$PYTHON" -m pip install -q --no-index --no-deps --target "$WORK/site" .lease/kit/*.whl
     SAMLIB_COMMIT=$(cat .lease/kit/commit)
     export SAMLIB_COMMIT PYTHONPATH=$WORK/site${PYTHONPATH:+:$PYTHONPATH}
 fi

@@ -17,8 +17,9 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: rank(item.path.name))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # alone, a process keeps the order of the command line
+        items.sort(key=lambda item: rank(item.path.name))
 
 
 def rank(name: str) -> int:

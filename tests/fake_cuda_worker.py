@@ -119,7 +119,7 @@ def a_life(spec: RunSpec, graph: bool, folder: Path) -> dict[str, dict]:
     training, again = (train.Training.start(spec, CUDA, graph) for _ in range(2))
     parts = {"epoch": counted(lambda: take(training, training.batches_left(), training.steps_per_epoch + 2))}
     path = folder / "checkpoint"
-    parts["checkpoint"] = counted(lambda: (training.save(path), again.resume(path)))
+    parts["checkpoint"] = counted(lambda: (training.save(path), again.restore(train.read_checkpoint(path))))
     again.status, again.seconds = "running", 1.0
     parts["resumed"] = counted(lambda: take(again, again.batches_left(), training.steps_per_epoch - 2))
     assert (training.epoch, again.epoch) == (1, 2)

@@ -147,7 +147,7 @@ def test_the_findings_are_the_verdicts(pages):
         expected, more = (sum(verdict.outcome == outcome for verdict in found) for found in (verdicts, beside))
         assert source.count(f'class="verdict verdict-{outcome.replace(" ", "-")}"') == expected + more
         assert f"{expected} {outcome}" in pages["intro"].words
-    for words in findings.tally_at_full_scale(beside).split(" `gpu`"):  # code is not among the words
+    for words in findings.tally_on_cifar(beside).split(" `gpu`"):  # code is not among the words
         assert words in pages["intro"].words
 
 
@@ -277,9 +277,9 @@ def test_a_verdict_at_full_scale_stands_beside_the_miniature_once_it_is_there():
     alone = findings.findings([verdict("inconclusive")])
     pending = findings.findings([verdict("inconclusive")], full=[full("not run")])
     assert pending.splitlines()[-1] == alone.splitlines()[-1]
-    assert "Of the 1 claims that have runs at full scale, the profile `gpu`, none is decided yet." in pending
+    assert "Of the 1 claims that have runs on CIFAR-10, the profile `gpu`, none is decided yet." in pending
     lines = findings.findings([verdict("inconclusive")], full=[full("reproduced")]).splitlines()
-    assert lines[-3].split(" | ")[3] == "At full scale"
+    assert lines[-3].split(" | ")[3] == "On CIFAR-10"
     assert lines[-1].split(" | ")[1] == "inconclusive<br>*miniature*"
     assert lines[-1].split(" | ")[3].startswith(r"reproduced<br>plain: sam - sgd of test\_accuracy\_pct: 6.5 \[6, 7\]")
     assert lines[0].startswith("Of 1 claims on the profile `quick`")
@@ -297,9 +297,9 @@ def test_a_claim_decided_at_full_scale_alone_has_its_row():
     assert lines[-1].split(" | ")[1:4:2] == ["not run<br>*miniature*", lines[-1].split(" | ")[3]]
 
 
-def test_full_scale_does_not_stand_beside_itself():
-    assert findings.full_scale("gpu") == []
-    assert {found.profile for found in findings.full_scale("quick")} == {"gpu"}
+def test_gpu_does_not_stand_beside_itself():
+    assert findings.on_gpu("gpu") == []
+    assert {found.profile for found in findings.on_gpu("quick")} == {"gpu"}
 
 
 @pytest.mark.parametrize("template", ["no marker", "{END} {BEGIN}", "{BEGIN} {BEGIN} {END}", "{BEGIN} {END} {END}"])

@@ -89,7 +89,7 @@ def test_runs_side_by_side_are_asked_for_by_name(study, capsys):
     made = {record.spec["kind"]: record.environment.get("side_by_side") for record in store.records()}
     assert made == {"train": 2, "measure": None, "check": None}
     assert all(probe["images_per_second"] > 0 for probe in store.probes())
-    assert cli.main(["run", "--device", "cpu", "--side-by-side", "0"]) == cli.INPUT_ERROR
+    assert cli.main(["run", "--device", "cpu", "--side-by-side", "0", "--probe"]) == cli.INPUT_ERROR
     assert "side_by_side = 0: use 1 to 4" in capsys.readouterr().err
 
 

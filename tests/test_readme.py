@@ -20,7 +20,7 @@ EXAMPLE = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL).group(1)
 
 def test_the_table_of_findings_is_drawn_from_the_committed_records():
     verdicts = claims.verdicts("quick", open_store("quick", "results"))
-    found = findings.findings(verdicts, full=findings.full_scale("quick"))
+    found = findings.findings(verdicts, full=findings.on_gpu("quick"))
     assert findings.replace_between_markers(README, found) == README
 
 

@@ -294,6 +294,18 @@ def test_side_by_side_each_has_its_share_of_the_time(store):
     assert 0 < sum(shares) < time.monotonic() - began
 
 
+def test_progress_forgets_what_was_trained_again_for_a_measure(store, tmp_path):
+    sweep.run_all([RUNS[0]], store, workers=1, device="cpu")
+    store.weights_path(specs_of.key(RUNS[0])).unlink()
+    clock = sweep.Clock(time.monotonic() + 60, Speed())
+    with sweep.Progress(MEASURES[:1], clock, {}) as progress:
+        (record,) = sweep.Here(MEASURES[:1], store, "cpu", clock, progress, 1).records()
+        assert len(progress.trainings) == 1
+        progress.end(record)
+        assert progress.trainings == {}
+    assert not any(store.folder.glob("checkpoints/*"))
+
+
 def test_side_by_side_is_one_process_and_at_least_one_run(store):
     with pytest.raises(InputError, match="workers = 2"):
         sweep.run_all(RUNS, store, workers=2, side_by_side=2)
@@ -410,10 +422,14 @@ def test_without_time_nothing_is_begun_and_what_needs_a_run_waits_for_it(store):
 
 
 def test_a_training_is_not_begun_in_less_time_than_others_took_to_their_first_step(store):
-    clock = sweep.Clock(time.monotonic() + 60, Speed(), setup=50.0)
-    assert clock.allows(RUNS[0])
-    clock.setup = 61.0
-    assert not clock.allows(RUNS[0])
+    clock = sweep.Clock(time.monotonic() + 60, Speed())
+    other = specs_of.override(RUNS[0], {"method": "sgd"})
+    clock.note_setup(RUNS[0], 61.0)
+    assert not any(map(clock.allows, (RUNS[1], other, MEASURES[0])))
+    clock.note_setup(RUNS[0], 50.0)  # what it compiled is there now
+    assert all(map(clock.allows, (RUNS[1], other, MEASURES[0])))
+    clock.note_setup(other, 61.0)
+    assert clock.allows(RUNS[1])
     assert sweep.Clock().allows(RUNS[0])
 
 

@@ -228,7 +228,7 @@ def test_a_hybrid_cut_before_or_after_its_switch_ends_as_if_it_had_not_been(stor
         make_steps(training, cut * training.steps_per_epoch)
         training.save(path)
         again = train.Training.start(spec, CPU)
-        again.resume(path)
+        again.restore(train.read_checkpoint(path))
         again.go_on(lambda: None)
         assert numbers(again.record()) == whole
         assert same(again.model.state_dict(), expected)
@@ -418,7 +418,7 @@ def test_what_a_checkpoint_holds_of_an_epoch_goes_to_the_device_of_the_run(tmp_p
     training.save(path)
     again = train.Training.start(TINY, CPU)
     again.device = torch.device("meta")
-    again.resume(path)
+    again.restore(train.read_checkpoint(path))
     assert [loss.device.type for loss in again.losses] == ["meta", "meta"]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
-from samlib import data, train
+from samlib import closures, data, sweep, train
 from samlib import spec as specs_of
 from samlib.arithmetic import arithmetic
 from samlib.augment import Augmentation
@@ -150,7 +151,7 @@ def test_an_augmented_run_cut_in_mid_epoch_ends_as_if_it_had_not_been(store, tmp
             training.take(indices)
         training.save(path)
         again = train.Training.start(spec, CPU)
-        again.resume(path)
+        again.restore(train.read_checkpoint(path))
         again.go_on(lambda: None)
         assert again.record().history == whole.history
         assert same(again.model.state_dict(), weights(store, spec))
@@ -328,6 +329,7 @@ def test_the_step_that_is_made_a_graph_is_the_plain_one_up_to_rounding(fields):
         ({"num_shards": 5, "clip": "both"}, 0),
         ({"num_shards": 5, "weight_decay_in": "loss"}, 0),
         ({"num_shards": 5, "logged_loss": "w+eps"}, 0),
+        ({"num_shards": 5, "dropout": 0.5}, 0),
         ({"num_shards": 5, "precision": "fp16"}, 0),
         ({"num_shards": 5, "second_pass": "two_products", "precision": "bf16"}, 0),
         ({"method": "average_sam", "num_shards": 5}, 0),
@@ -343,12 +345,13 @@ def test_in_a_graph_shards_have_weights_of_their_own_where_they_can(monkeypatch,
     made = []
     monkeypatch.setattr(train, "StreamedClosures", Counted)
     spec = change(**{"model.norm": "none"} if fields.get("second_pass") else {}, **fields)
-    plain, graphed = (train.Training.start(spec, CPU, graph) for graph in (False, True))
-    for training in (plain, graphed):
-        training.go_on(lambda: None)
+    trainings = []
+    for graph in (False, True):
+        trainings.append(train.Training.start(spec, CPU, graph))
+        trainings[-1].go_on(lambda: None)
     assert len(made) == streamed
     for name in ("running_loss", "train_loss", "test_loss"):
-        found, expected = (training.record().history[name] for training in (graphed, plain))
+        expected, found = (training.record().history[name] for training in trainings)
         assert found == pytest.approx(expected, rel=1e-3 if spec.train.precision == "fp32" else 1e-2), name
 
 
@@ -369,11 +372,26 @@ def test_compiled_passes_are_the_plain_ones_up_to_rounding(store, monkeypatch):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_passes_are_compiled_for_as_many_settings_as_there_are(store, monkeypatch):
+    """torch gives up after eight shapes and states of one function. Without its kernels, which take seconds each."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    closures._compiled_call.cache_clear()
+    try:
+        for batch_size in (2, 3, 4, 5, 6):
+            spec = change(batch_size=batch_size, epochs=1, train_size=12)
+            assert train.run(spec, store, "cpu", compile=True).environment["compiled"]
+    finally:
+        closures._compiled_call.cache_clear()
+
+
 def test_a_run_whose_passes_torch_cannot_compile_is_made_without():
     for fields in ({"precision": "bf16"}, {"replay_dropout": True, "dropout": 0.5}):
         assert not train.Training.start(change(**fields), CPU, compile=True).compiled
     emulated = change(**{"model.norm": "none"}, precision="bf16", second_pass="two_products")
     assert not train.can_compile(emulated, torch.device("cuda"))
+    streamed = change(num_shards=5)
+    assert not train.Training.start(streamed, CPU, graph=True, compile=True).compiled
+    assert train.Training.start(streamed, CPU, compile=True).compiled
     assert train.Training.start(SMALL, CPU, compile=True).compiled
     assert not train.Training.start(SMALL, CPU).compiled
 
@@ -386,10 +404,34 @@ def test_a_run_with_a_graph_cut_in_mid_epoch_ends_as_if_it_had_not_been(store, t
         training.take(indices)
     training.save(path)
     again = train.Training.start(spec, CPU, graph=True)
-    again.resume(path)
+    again.restore(train.read_checkpoint(path))
     again.go_on(lambda: None)
     assert again.record().history == whole.history
     assert same(again.model.state_dict(), weights(store, spec))
+
+
+@pytest.mark.parametrize("begun_as_graph", [False, True])
+def test_a_run_goes_on_in_the_way_it_was_begun(store, begun_as_graph):
+    whole = train.run(SMALL, store, "cpu", graph=begun_as_graph)
+    training = train.Training.start(SMALL, CPU, begun_as_graph)
+    for _, indices in zip(range(6), training.batches_left(), strict=False):
+        training.take(indices)
+    training.save(store.checkpoint_path(specs_of.key(SMALL)))
+    again = train.run(SMALL, store, "cpu", graph=not begun_as_graph)
+    assert again.history == whole.history
+    assert again.environment.get("graph", False) == begun_as_graph
+
+
+def test_a_run_begun_in_a_way_that_is_impossible_now_is_made_again(store, capsys):
+    """As a graph with dropout, and now among others."""
+    spec = change(dropout=0.5)
+    training, path = train.Training.start(spec, CPU, graph=True), store.checkpoint_path(specs_of.key(spec))
+    training.take(next(training.batches_left()))
+    training.save(path)
+    sweep.run_all([spec], store, device="cpu", side_by_side=2)
+    assert "in a way that is impossible here" in capsys.readouterr().err
+    assert store.load(specs_of.key(spec)).status == "done"
+    assert path.with_suffix(".aside").exists()
 
 
 def test_a_run_without_one_sequence_of_operations_has_no_graph():

@@ -37,7 +37,7 @@ def test_a_run_cut_on_a_gpu_goes_on_where_it_was(tmp_path):
         cut.take(indices)
     cut.save(path)
     again = train.Training.start(spec, CUDA, graph=True)
-    again.resume(path)
+    again.restore(train.read_checkpoint(path))
     again.go_on(lambda: None)
     assert again.record().history["running_loss"] == pytest.approx(whole.record().history["running_loss"], rel=1e-3)
 
