@@ -140,7 +140,7 @@ class GraphedStep:
             The loss, detached, in memory of its own.
         """
         self._place(inputs)
-        if self._graph is None and self._can_capture and self.calls >= self.warmup and self._has_state:
+        if self._graph is None and self._can_capture and self.calls >= self.warmup and not self._lacks_state:
             # Gradients made in the capture are the graph's own. Older ones may be freed while it still writes to them.
             self.optimizer.zero_grad(set_to_none=True)
             self._captured, self._graph = _held(self.optimizer), self._capture()
@@ -176,10 +176,10 @@ class GraphedStep:
         return self.stream is not None
 
     @property
-    def _has_state(self) -> bool:
-        """Whether momentum is there. A capture would make it a part of the graph; eager steps that are skipped, as for
-        an overflow, leave it to a later one."""
-        return getattr(self.optimizer, "base_has_stepped", True)
+    def _lacks_state(self) -> bool:
+        """Whether momentum is still to be made, since all steps were skipped, as for an overflow: a capture would make
+        it a part of the graph."""
+        return getattr(self.optimizer, "has_only_skipped", False)
 
     def _capture(self) -> "torch.cuda.CUDAGraph":
         graph = torch.cuda.CUDAGraph()

@@ -420,9 +420,10 @@ class SAM(Optimizer):
         return self._now.skipped + (0 if self._now.skipped_on_device is None else int(self._now.skipped_on_device))
 
     @property
-    def base_has_stepped(self) -> bool:
-        """Whether the base optimiser has made a step, and so has its state: not while all steps were skipped."""
-        return self._now.base_has_stepped
+    def has_only_skipped(self) -> bool:
+        """Whether steps were skipped and none has been made, so that the base optimiser has no state yet. Does not wait
+        for the device."""
+        return self._now.skipped > 0 and not self._now.base_has_stepped
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`. With `flat`, `set_to_none=False` is one operation and the next
