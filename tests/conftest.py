@@ -1,6 +1,12 @@
-"""The order of the files. `make test` deals out whole files to processes; with the longest first these end together."""
+"""The order of the files: `make test` deals out whole files to processes; with the longest first these end together. And
+Ctrl-C, which tests send to what they start."""
+
+import signal
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, and so would be all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
     "test_sweep.py",
