@@ -1,5 +1,6 @@
-"""The order of the files: `make test` deals out whole files to processes; with the longest first these end together. And
-Ctrl-C, which tests send to what they start."""
+"""The order of the files: `make test` deals out whole files to processes; with the longest first these end together.
+
+And Ctrl-C, which tests send to what they start."""
 
 import signal
 
