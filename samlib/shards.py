@@ -270,7 +270,14 @@ class _ChannelsSideBySide(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         given = signature(func).bind(*args, **(kwargs or {}))
         given.apply_defaults()
-        return _BatchNormOfShards.apply(*given.args)
+        try:
+            return _BatchNormOfShards.apply(*given.args)
+        except _LeftToVmap:
+            return func(*args, **(kwargs or {}))
+
+
+class _LeftToVmap(Exception):
+    """The rule is not for this call; what stands against it, if anything, vmap itself says."""
 
 
 class _BatchNormOfShards(torch.autograd.Function):
@@ -278,7 +285,7 @@ class _BatchNormOfShards(torch.autograd.Function):
 
     @staticmethod
     def forward(*_: Any) -> Tensor:
-        raise NotImplementedError("batch norm of something that does not depend on the shard")
+        raise _LeftToVmap  # nothing here depends on the shard
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -297,7 +304,7 @@ class _BatchNormOfShards(torch.autograd.Function):
         *settings: float,
     ) -> tuple[Tensor, int]:
         if training and running_mean is not None and in_dims[1] is None:
-            raise NotImplementedError("batch norm with running statistics that no buffer of a torch layer holds")
+            raise _LeftToVmap  # running statistics that no buffer of a torch layer holds: shards cannot share them
         tensors = zip((x, running_mean, running_var, weight, bias), in_dims[:5], strict=True)
         x, *channels = [None if t is None else _of_shards(t, dim, info.batch_size) for t, dim in tensors]
         rows = [None if t is None else t.flatten() for t in channels]
