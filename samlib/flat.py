@@ -32,6 +32,8 @@ ELEMENTWISE = {
 State = dict[Tensor, dict[str, Any]]
 
 _is_trained, _gradient_of = operator.attrgetter("requires_grad"), operator.attrgetter("grad")
+# A loop in C++ over (tensors, addresses, indices), made for torch's own CUDA graphs; None in a torch without it.
+_are_at = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 
 
 class DifferentStatesError(Exception):
@@ -45,6 +47,19 @@ class Member(NamedTuple):
     group: dict[str, Any]
     perturbed: bool
     scaled: bool
+
+
+class Places:
+    """Where tensors lie in memory. A step asks for those of all parameters once and of their gradients four times."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.addresses = list(map(Tensor.data_ptr, tensors))
+        self._indices = list(range(len(tensors)))
+
+    def are_those_of(self, tensors: list[Tensor]) -> bool:
+        if _are_at is None:
+            return list(map(Tensor.data_ptr, tensors)) == self.addresses
+        return _are_at(tensors, self.addresses, self._indices)
 
 
 class Bucket:
@@ -67,12 +82,12 @@ class Bucket:
         self.flat = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
         self.gradient = torch.zeros(size, dtype=dtype, device=device)
         self._gradient_views = self.views(self.gradient)
-        self._gradient_addresses = _addresses(self._gradient_views)
+        self._gradient_places = Places(self._gradient_views)
         self._handed_out = self.views(self.gradient)  # others may do with these as they like
         self.shown = False  # by the last pass: whether the parameters' gradients are these views
         for tensor, view in zip(tensors, self.views(self.flat.data), strict=True):
             tensor.data = view.copy_(tensor.data)
-        self._addresses = _addresses(tensors)
+        self._places = Places(self.tensors)
 
     def views(self, long: Tensor) -> list[Tensor]:
         """The parts of a tensor like `flat` that belong to the parameters, with their shapes and strides."""
@@ -84,7 +99,7 @@ class Bucket:
     def holds(self) -> bool:
         """Whether the parameters still are views of `flat`, all of them trained: a model that was moved or converted
         has new data."""
-        return _addresses(self.tensors) == self._addresses and all(map(_is_trained, self.tensors))
+        return self._places.are_those_of(self.tensors) and all(map(_is_trained, self.tensors))
 
     def gather(self) -> bool:
         """Brings the parameters' gradients together in `flat.grad`; None if no parameter has one.
@@ -146,10 +161,10 @@ class Bucket:
             return all(tensor.grad is view for tensor, view in zip(self.tensors, self._handed_out, strict=True))
         if not all(map(operator.is_, map(_gradient_of, self.tensors), self._handed_out)):
             return False
-        return _addresses(self._handed_out) == self._gradient_addresses  # data may have been exchanged
+        return self._gradient_places.are_those_of(self._handed_out)  # data may have been exchanged
 
     def _show(self) -> None:
-        if _addresses(self._handed_out) != self._gradient_addresses:
+        if not self._gradient_places.are_those_of(self._handed_out):
             self._handed_out = self.views(self.gradient)
         for tensor, view in zip(self.tensors, self._handed_out, strict=True):
             tensor.grad = view
@@ -376,9 +391,3 @@ def _equal(value: Any, other: Any) -> bool:
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         return torch.equal(value, other)
     return type(value) is type(other) and value == other
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    # A step asks for those of all parameters once and of their gradients four times. On many small ones that counts,
-    # and `map` is quicker.
-    return list(map(Tensor.data_ptr, tensors))

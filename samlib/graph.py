@@ -54,18 +54,17 @@ The optimiser's own count of steps (in its `state_dict`) advances with eager ste
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 
 from samlib.errors import InputError
 from samlib.optim import SAM, AverageSAM
 from samlib.perturbation import wide_dtype
-from samlib.shards import LossFunction, Shards
+from samlib.shards import VMAP, Forward, Gradients, LossFunction, Shards
 
 T = TypeVar("T")
 Step = Callable[..., Tensor]
@@ -256,7 +255,7 @@ class ParallelShards(Shards):
         streams: where the shards run, in turn; none, as on a CPU: one after the other.
 
     Raises:
-        InputError: as `Shards` with vectorize=True.
+        InputError: as `Shards` with passes="vmap".
 
     Source: behdin2023, equations 4 to 6.
     """
@@ -275,41 +274,12 @@ class ParallelShards(Shards):
         statistics: str = "frozen",
     ) -> None:
         cut = {"num_shards": num_shards, "shard_size": shard_size}
-        super().__init__(opt, model, loss_fn, inputs, targets, **cut, statistics=statistics, vectorize=True)
-        self.streams = streams
+        # the limits of vmap are those of a capture: shards of one size, no hooks
+        super().__init__(opt, model, loss_fn, inputs, targets, **cut, statistics=statistics, passes=VMAP)
+        self.passes, self.streams = "streams", streams
 
-    def _differentiate(
-        self,
-        parameters: Sequence[Tensor],
-        at: Sequence[Tensor],
-        buffers: dict[str, Tensor],
-        shares: Sequence[float] | None = None,
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        parts = zip(self.inputs.split(self.sizes), self.targets.split(self.sizes), strict=True)
-        calls = [
-            partial(
-                self._differentiate_one,
-                {names[w]: one[index] for w, one in zip(parameters, at, strict=True)},
-                {name: one[index] for name, one in buffers.items()},
-                *part,
-                1.0 if shares is None else shares[index],
-            )
-            for index, part in enumerate(parts)
-        ]
-        losses, grads = zip(*in_parallel(calls, self.streams), strict=True)
-        by_parameter = zip(*grads, strict=True)
-        return torch.stack(losses), [None if of_w[0] is None else torch.stack(of_w) for of_w in by_parameter]
-
-    def _differentiate_one(
-        self, weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor, share: float
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The loss of a shard, and its gradients by `weights`, times its share."""
-        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-        with torch.enable_grad():
-            loss = self.loss_fn(functional_call(self.model, {**leaves, **buffers}, (inputs,)), targets)
-            grads = torch.autograd.grad(loss, list(leaves.values()), torch.full_like(loss, share), allow_unused=True)
-        return loss.detach(), grads
+    def _run(self, forwards: Sequence[Forward], backward: Callable[..., Any]) -> list[tuple[Tensor, Gradients]]:
+        return in_parallel([lambda forward=forward: backward(forward()) for forward in forwards], self.streams)
 
 
 # ------------------------------------------------------------------------------------------------ changing settings

@@ -292,14 +292,14 @@ class SAM(Optimizer):
         self._now.is_first_pass, self._now.scaler = True, scaler
         passes = [partial(self._evaluate, one) for one in closures]
         shard = partial(self._shard, scaler=scaler, no_sync=no_sync, replay_rng=replay_rng)
-        at_once = is_shards and closure.vectorized and self._has_ascent and no_sync is None and not replay_rng
+        at_once = is_shards and closure.at_once and self._has_ascent and no_sync is None and not replay_rng
         try:
             if not self._ascends():
                 loss = self._mean(passes, shares)
             elif ascent_closure is not None:
                 loss = shard(ascent_closure, partial(self._mean, passes, shares))
-            elif at_once:
-                loss = self._all_at_once(closure, shares)
+            elif at_once and (found := self._all_at_once(closure, shares)) is not None:
+                loss = found
             else:
                 loss = self._mean([partial(shard, *pair) for pair in zip(closures, passes, strict=True)], shares)
         except _NotFiniteError as stopped:
@@ -540,12 +540,15 @@ class SAM(Optimizer):
                 descent()
         return loss
 
-    def _all_at_once(self, shards: Any, shares: Sequence[float]) -> Tensor:
+    def _all_at_once(self, shards: Any, shares: Sequence[float]) -> Tensor | None:
         """Both passes of a `samlib.shards.Shards` for all shards together, each with its own eps in between. Leaves the
-        mean of the gradients, returns that of the losses at w."""
+        mean of the gradients, returns that of the losses at w; None if it turns out that they cannot."""
         trained = [member.tensor for member in self._layout.parameters if member.tensor.requires_grad]
         super().zero_grad()
-        losses, grads = shards.gradients_at_w(trained)
+        first_pass = shards.gradients_at_w(trained)
+        if first_pass is None:
+            return None
+        losses, grads = first_pass
         loss = sum(share * one for share, one in zip(shares, losses.unbind(), strict=True))
         weights, rho = map(list, zip(*self._perturbable(self._layout.parameters), strict=True))
         scale, of = self._scales(weights), dict(zip(trained, grads, strict=True))
@@ -555,7 +558,7 @@ class SAM(Optimizer):
             if not self._is_finite(norm):
                 raise _NotFiniteError(loss)
             eps.append(stretch(u, scale, rho))
-        of_all = {w: torch.stack(each) for w, each in zip(weights, zip(*eps, strict=True), strict=True)}
+        of_all = dict(zip(weights, zip(*eps, strict=True), strict=True))
         means = shards.mean_gradients(trained, [of_all.get(w) for w in trained], shares)
         for w, mean in zip(trained, means, strict=True):
             # with the strides of w, as autograd makes them: fused kernels go by memory, and vmap loses channels_last

@@ -1,10 +1,11 @@
-"""The shards of a mini-batch for mSAM: one after the other, or all at once with `torch.func.vmap`.
+"""The shards of a mini-batch for mSAM: one after the other, overlapped, or all at once with `torch.func.vmap`.
 
-Top: `Shards`, the list of closures that `SAM.step` takes. Below: its two vectorised passes, what they do to the running
-statistics of batch norm, and when they cannot be used.
+Top: `Shards`, the list of closures that `SAM.step` takes. Below: its two passes over all shards, what they do to the
+running statistics of batch norm, and when they cannot be used.
 
-Sequentially a step costs num_shards small forward and backward passes, twice. The vectorised passes have one call per
-layer, with a weight tensor per shard: fewer, larger calls, and num_shards times the memory of the weights.
+Sequentially a step costs num_shards small forward and backward passes, twice. Overlapped they are the same, two at a
+time on a CPU. The vectorised passes have one call per layer, with a weight tensor per shard: fewer, larger calls. Both
+hold the gradients and perturbations of all shards, num_shards times the memory of the weights each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,8 @@ from inspect import signature
 from itertools import pairwise
 from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
+from warnings import warn
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +28,35 @@ from torch.torch_version import TorchVersion
 
 from samlib.batchnorm import second_pass
 from samlib.errors import InputError
+from samlib.overlap import obstacle as obstacle_to_threads
+from samlib.overlap import overlapped
 
 LossFunction = Callable[[Any, Tensor], Tensor]
+Forward = Callable[[], tuple[Tensor, list[Tensor], float]]
+Gradients = tuple[Tensor | None, ...]
+OfShards = Tensor | Sequence[Tensor]  # one for each shard
 
-# Measured on two CPU cores, eager, at 4, 8 and 16 shards of a batch of 128. For a ResNet-20 (0.27 M parameters) and an
-# MLP of 0.28 M the vectorised passes win from 8 shards on; for an MLP of 1.3 M they lose at all three, since they write
-# and read a copy of all weights and gradients per shard. With one thread, which small calls keep busy, the ResNet-20
-# loses by a tenth at 16. Not yet measured on a GPU.
+SEQUENTIAL, OVERLAPPED, VMAP = PASSES = ("sequential", "overlapped", "vmap")
+
+# Measured on two CPU cores, eager, at 2, 4, 8 and 16 shards, for MLPs, small CNNs, a ResNet-20 (0.27 M parameters), a
+# MobileNetV2 and a ResNet-18. On two threads overlapped passes were as fast as sequential ones or faster for each of
+# them; vmap was faster still from 8 shards on where a network is so small that its time is that of the calls. Where
+# nothing can overlap, vmap wins over sequential passes from 8 shards on for a ResNet-20 and an MLP of 0.28 M, and loses
+# for an MLP of 1.3 M. Not yet measured on a GPU, nor with more threads.
 MIN_SHARDS = 8
-COMPILES_AUTOGRAD = (2, 15)  # the first torch with which the compiled passes were tried and work; 2.11 does not
+FEW_PARAMETERS = 100_000
 MAX_PARAMETERS = 500_000
+MAX_COPIED = 2**27  # num_shards x parameters: gradients, eps and gradients again, of 4 bytes, are then 1.6 GB
+COMPILES_AUTOGRAD = (2, 15)  # the first torch with which the compiled passes were tried and work; 2.11 does not
 
 
 class Shards(list[Callable[[], Tensor]]):
     """A mini-batch cut into shards, each of which gets an ascent of its own (mSAM): what `opt.step` is given.
 
     A list of closures, one per shard, in the order of the batch. Each clears the gradients, computes the shard's loss
-    (batch norm as `statistics` says in a second pass), calls backward and returns the loss. With `vectorized` the
-    optimiser calls `gradients_at_w` and `mean_gradients` instead, which give the same step up to rounding; running
-    statistics end as the closures, called in turn, leave them.
+    (batch norm as `statistics` says in a second pass), calls backward and returns the loss. For the passes "overlapped"
+    and "vmap" the optimiser calls `gradients_at_w` and `mean_gradients` instead, which give the same step up to
+    rounding; running statistics of batch norm end as the closures, called in turn, leave them.
 
     Args:
         opt: the optimiser that will step: the closures clear its gradients and ask it for `in_second_pass`.
@@ -55,8 +67,10 @@ class Shards(list[Callable[[], Tensor]]):
         num_shards: at most the batch size. Sizes differ by at most one example where it does not divide the batch.
         shard_size: examples per shard, instead of num_shards; the last shard may be smaller.
         statistics: "frozen", "update" or "eval", as for `samlib.batchnorm.second_pass`.
-        vectorize: True or False, or None to choose: for at least 8 shards and at most 0.5 M parameters, if nothing
-            stands against it.
+        passes: "sequential": the closures, one after the other. "overlapped", on a CPU: a shard's backward pass in a
+            second thread during the next one's forward pass, each with half of torch's threads. "vmap": all shards in
+            one call per layer. None: the one that is the fastest as far as measured, of those that nothing stands
+            against.
         compile: run the passes through `torch.compile`, with True its default backend, with a string that one: the
             model and loss of each closure, or forward and backward of all shards as one graph. What is compiled is kept
             between steps for the same model, loss function's code and shapes. Closures of a model that is compiled
@@ -65,17 +79,21 @@ class Shards(list[Callable[[], Tensor]]):
     Attributes:
         weights: the shards' sizes, for `step(weights=...)`, or None where they are equal: the mean over shards is then
             the mean over examples.
-        vectorized: the choice made.
+        passes: the choice made.
 
     Raises:
         InputError: neither or both of num_shards and shard_size, or one outside its range; inputs and targets of
-            different lengths; an unknown choice of statistics; vectorize=True where it is impossible: shards of
-            different sizes, DistributedDataParallel, a model that is compiled already, synchronised or cumulative
-            (momentum=None) batch norm, instance norm with running statistics, recurrent layers, trainable tensors of
-            `opt` outside `model`, the settings second_order and inner_steps > 1.
+            different lengths; an unknown choice of statistics or passes. For passes other than "sequential":
+            DistributedDataParallel, a model that is compiled already, synchronised or cumulative (momentum=None) batch
+            norm, instance norm with running statistics, recurrent layers, hooks on parameters, trainable tensors of
+            `opt` outside `model`, the settings second_order and inner_steps > 1. For "vmap": shards of different sizes.
+            For "overlapped": another device than a CPU, a number of threads that does not halve, backward hooks on
+            layers.
 
-    Dropout draws a mask per example in both ways; the draws differ between the two, and the vectorised passes cannot
-    replay them. Hooks on parameters act in the closures only.
+    Dropout draws a mask per example in all three; the draws differ between them, and only the closures can replay them
+    (with `replay_rng` they are taken). Other state that a forward pass changes, such as the vectors of spectral norm,
+    is changed by all first passes before the second ones. Where passes that were not asked for by name fail at a model,
+    with checkpoints of activations for example, a warning says so once and the closures are taken.
 
     Source: behdin2023, equations 4 to 6.
 
@@ -96,7 +114,7 @@ class Shards(list[Callable[[], Tensor]]):
         num_shards: int | None = None,
         shard_size: int | None = None,
         statistics: str = "frozen",
-        vectorize: bool | None = None,
+        passes: str | None = None,
         compile: bool | str = False,
     ) -> None:
         with second_pass(model, statistics):  # refuses an unknown choice and lazy layers
@@ -105,38 +123,56 @@ class Shards(list[Callable[[], Tensor]]):
         self.statistics, self.compile = statistics, compile
         self.sizes = _sizes(len(inputs), len(targets), num_shards, shard_size)
         self.weights = None if len(set(self.sizes)) == 1 else self.sizes
-        self.vectorized = self._choose(opt, vectorize)
+        self._is_own_choice = passes is None
+        self.passes = self._choose(opt, passes)
         self._running: _Running | None = None  # between the passes
         parts = zip(inputs.split(self.sizes), targets.split(self.sizes), strict=True)
         loss = _loss_of(opt, model, compile)
         super().__init__(_closure(opt, model, partial(loss, model, loss_fn), statistics, *part) for part in parts)
 
-    def gradients_at_w(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The first pass of every shard at once. Advances the running statistics; weights and `.grad` stay.
+    @property
+    def at_once(self) -> bool:
+        """Whether all first passes come before all second ones."""
+        return self.passes != SEQUENTIAL
+
+    def gradients_at_w(self, parameters: Sequence[Tensor]) -> tuple[Tensor, list[OfShards]] | None:
+        """The first pass of every shard. Advances the running statistics; weights and `.grad` stay.
 
         Args:
             parameters: of the model, the tensors to differentiate by.
 
         Returns:
-            The shards' losses, (num_shards,), and their gradients, one tensor of (num_shards, *shape) per parameter, in
-            the order of `parameters`; zeros for one that the loss does not reach.
+            The shards' losses, (num_shards,), and their gradients, in the order of `parameters`: for each the gradients
+            of all shards, a tensor of (num_shards, *shape) or a list of num_shards tensors of its shape; zeros for one
+            that the loss does not reach. None, with a warning, if the passes were not asked for by name and fail at
+            this model: `passes` is "sequential" from now on.
         """
         self._running = _Running(self.model, len(self))
         steps = self._running.no_steps()
-        at_w = [w.detach().expand(len(self), *w.shape) for w in parameters]
-        losses, grads = self._differentiate(parameters, at_w, steps)
+        try:
+            losses, grads = self._differentiate(parameters, [None] * len(parameters), steps)
+        except InputError:
+            raise
+        except Exception as error:  # whatever it is: if it is the model's, the closures raise it again
+            if not self._is_own_choice:
+                raise
+            warn(f"the shards go on one after the other, since passes={self.passes!r} failed: {error}", stacklevel=6)
+            _sequential_only.add(self.model)
+            self.passes = SEQUENTIAL
+            return None
         self._running.advance(steps)
-        grads = [torch.zeros_like(w) if g is None else g for w, g in zip(at_w, grads, strict=True)]
-        return losses, grads
+        found = zip(parameters, grads, strict=True)
+        return losses, [w.new_zeros(len(self), *w.shape) if g is None else g for w, g in found]
 
     def mean_gradients(
-        self, parameters: Sequence[Tensor], eps: Sequence[Tensor | None], shares: Sequence[float] | None = None
+        self, parameters: Sequence[Tensor], eps: Sequence[OfShards | None], shares: Sequence[float] | None = None
     ) -> list[Tensor | None]:
-        """The second pass of every shard at once, at w + eps_s; comes after `gradients_at_w`. `.grad` stays.
+        """The second pass of every shard, at w + eps_s; comes after `gradients_at_w`. `.grad` stays.
 
         Args:
             parameters: of the model, the tensors to differentiate by.
-            eps: one tensor of (num_shards, *shape) per parameter, or None where it is not perturbed.
+            eps: for each parameter those of all shards, a tensor of (num_shards, *shape) or num_shards tensors of its
+                shape; None where it is not perturbed.
             shares: of the shards in the mean, adding up to 1; default equal.
 
         Returns:
@@ -144,41 +180,116 @@ class Shards(list[Callable[[], Tensor]]):
             parameter that the loss does not reach.
         """
         buffers = self._running.in_second_pass(self.statistics)
-        at = [_perturbed(w.detach(), e, len(self)) for w, e in zip(parameters, eps, strict=True)]
         with second_pass(self.model, self.statistics):
-            _, grads = self._differentiate(parameters, at, buffers, shares or [1 / len(self)] * len(self))
+            _, grads = self._differentiate(parameters, eps, buffers, shares or [1 / len(self)] * len(self))
         if self.statistics == "update":
             self._running.advance(buffers)
-        return [None if g is None else g.sum(0) for g in grads]
+        return [None if g is None else _sum(g) for g in grads]
 
     def _differentiate(
         self,
         parameters: Sequence[Tensor],
-        at: Sequence[Tensor],
+        eps: Sequence[OfShards | None],
         buffers: dict[str, Tensor],
         shares: Sequence[float] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The losses of all shards, shard s with the weights at[...][s], and their gradients, times the shard's share
-        if there are shares: (num_shards,) and tensors of (num_shards, *shape)."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        weights = {names[parameter]: one.detach() for parameter, one in zip(parameters, at, strict=True)}
+    ) -> tuple[Tensor, Sequence[OfShards | None]]:
+        """The losses of all shards, (num_shards,), shard s at w + eps_s, and their gradients, times the shard's share
+        if there are shares, as `gradients_at_w` returns them."""
+        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = [name_of[parameter] for parameter in parameters]
+        shares = shares or [1.0] * len(self)
+        with _advised(self.passes):
+            way = self._differentiate_at_once if self.passes == VMAP else self._differentiate_each
+            return way(names, parameters, eps, buffers, shares)
+
+    def _differentiate_at_once(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        eps: Sequence[OfShards | None],
+        buffers: dict[str, Tensor],
+        shares: Sequence[float],
+    ) -> tuple[Tensor, Gradients]:
+        """That in one call of the model."""
+        at = zip(names, parameters, eps, strict=True)
+        weights = {name: _perturbed(w.detach(), e, len(self)) for name, w, e in at}
         inputs, targets = (t.unflatten(0, (len(self), -1)) for t in (self.inputs, self.targets))
-        wide = torch.promote_types(at[0].dtype, torch.float32)
-        factors = torch.tensor(shares or [1.0] * len(self), dtype=wide, device=at[0].device)
+        wide = torch.promote_types(parameters[0].dtype, torch.float32)
+        factors = torch.tensor(shares, dtype=wide, device=parameters[0].device)
         run = _compiled(_differentiated, self.model, self.compile) if self.compile else _differentiated
-        with _advised(), _tracing() if self.compile else _ChannelsSideBySide():
+        with _tracing() if self.compile else _ChannelsSideBySide():
             return run(self.model, self.loss_fn, weights, buffers, inputs, targets, factors)
 
-    def _choose(self, opt: Optimizer, vectorize: bool | None) -> bool:
-        if vectorize is False or (vectorize is None and not self._is_worth_it()):
-            return False
-        obstacle = _obstacle(opt, self.model, self.sizes) or (self.compile and _obstacle_to_compile())
-        if vectorize and obstacle:
-            raise InputError(f"vectorize=True is impossible: {obstacle}, or leave vectorize at None")
-        return not obstacle
+    def _differentiate_each(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        eps: Sequence[OfShards | None],
+        buffers: dict[str, Tensor],
+        shares: Sequence[float],
+    ) -> tuple[Tensor, list[list[Tensor] | None]]:
+        """That in a call for each shard, whose perturbed weights live no longer than its passes."""
+        parts = zip(self.inputs.split(self.sizes), self.targets.split(self.sizes), strict=True)
+        weights = [(w.detach(), e) for w, e in zip(parameters, eps, strict=True)]
+        loss_at = _compiled(_loss_at, self.model, self.compile) if self.compile else _loss_at
 
-    def _is_worth_it(self) -> bool:
-        return len(self.sizes) >= MIN_SHARDS and sum(w.numel() for w in self.model.parameters()) <= MAX_PARAMETERS
+        def forward(shard: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor], float]:
+            at = [(w if e is None else _sum_as(w, e[shard])).detach().requires_grad_() for w, e in weights]
+            own = {name: buffer[shard] for name, buffer in buffers.items()}
+            # hooks on saved tensors may come back to the model when it has its own weights again
+            with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks("hooks on saved tensors"):
+                state = {**dict(zip(names, at, strict=True)), **own}
+                loss = loss_at(self.model, self.loss_fn, state, inputs, targets)
+            _check_axes(loss, 0)
+            return loss, at, shares[shard]
+
+        found = self._run([partial(forward, shard, *part) for shard, part in enumerate(parts)], _backward)
+        losses, grads = zip(*found, strict=True)
+        return torch.stack(losses), [_filled(of_w) for of_w in zip(*grads, strict=True)]
+
+    def _run(self, forwards: Sequence[Forward], backward: Callable[..., Any]) -> list[tuple[Tensor, Gradients]]:
+        if self.passes == OVERLAPPED:
+            return overlapped(forwards, backward, at_half=bool(self.compile))
+        return [backward(forward()) for forward in forwards]
+
+    def _choose(self, opt: Optimizer, passes: str | None) -> str:
+        if passes is None:
+            return next(way for way in self._by_speed() if not self._obstacle(opt, way))
+        if passes not in PASSES:
+            raise InputError(f"passes = {passes!r}: give one of {', '.join(map(repr, PASSES))}, or None to choose")
+        if obstacle := self._obstacle(opt, passes):
+            raise InputError(f"passes = {passes!r} is impossible: {obstacle}, or leave passes at None")
+        return passes
+
+    def _obstacle(self, opt: Optimizer, passes: str) -> str | None:
+        """Why the passes are impossible, and what to do; None if they are possible."""
+        if passes == SEQUENTIAL:
+            return None
+        particular = self._obstacle_to_vmap if passes == VMAP else self._obstacle_to_overlap
+        return _obstacle(opt, self.model) or particular()
+
+    def _obstacle_to_vmap(self) -> str | None:
+        if len(set(self.sizes)) > 1:
+            return f"the shards have the sizes {sorted(set(self.sizes))}: let num_shards or shard_size divide the batch"
+        return _obstacle_to_compile() if self.compile else None
+
+    def _obstacle_to_overlap(self) -> str | None:
+        if self.inputs.device.type != "cpu":
+            return f"the inputs are on {self.inputs.device}, and it is for a CPU: take another choice"
+        if any(layer._backward_hooks or layer._backward_pre_hooks for layer in self.model.modules()):
+            return "the model has backward hooks, which would run in another thread: take them off"
+        return obstacle_to_threads()
+
+    def _by_speed(self) -> Iterator[str]:
+        size, num_shards = sum(w.numel() for w in self.model.parameters()), len(self.sizes)
+        if self.model not in _sequential_only:
+            if num_shards >= MIN_SHARDS and size <= FEW_PARAMETERS:
+                yield VMAP
+            if num_shards > 1 and num_shards * size <= MAX_COPIED:
+                yield OVERLAPPED
+            if num_shards >= MIN_SHARDS and size <= MAX_PARAMETERS:
+                yield VMAP
+        yield SEQUENTIAL
 
 
 def _closure(
@@ -211,6 +322,10 @@ def _loss(model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Tensor)
     return loss_fn(model(inputs), targets)
 
 
+def _loss_at(model: nn.Module, loss_fn: LossFunction, state: dict[str, Tensor], inputs: Any, targets: Tensor) -> Tensor:
+    return loss_fn(functional_call(model, state, (inputs,)), targets)
+
+
 def _sizes(batch: int, num_targets: int, num_shards: int | None, shard_size: int | None) -> list[int]:
     if batch != num_targets:
         raise InputError(f"inputs has {batch} examples and targets {num_targets}: give one target per example")
@@ -232,6 +347,41 @@ def _sizes(batch: int, num_targets: int, num_shards: int | None, shard_size: int
 # --------------------------------------------------------------------------------------------- the passes over shards
 
 
+def _backward(forward: tuple[Tensor, list[Tensor], float]) -> tuple[Tensor, Gradients]:
+    loss, leaves, share = forward
+    grads = torch.autograd.grad(loss, leaves, torch.full_like(loss, share), allow_unused=True)
+    if any(g is None for g in grads) and "CheckpointFunctionBackward" in _names_of_nodes(loss):
+        # it holds no reference to the weights, but would compute with the model's own
+        raise RuntimeError("a checkpoint with use_reentrant=True hides weights from torch.autograd.grad")
+    return loss.detach(), grads
+
+
+def _names_of_nodes(loss: Tensor) -> set[str]:
+    """Of the graph of operations that autograd has recorded."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [other for other, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+def _filled(grads: Sequence[Tensor | None]) -> list[Tensor] | None:
+    """None if all of them are; one that is None among others is 0."""
+    like = next((g for g in grads if g is not None), None)
+    return None if like is None else [torch.zeros_like(like) if g is None else g for g in grads]
+
+
+def _sum(grads: OfShards) -> Tensor:
+    if isinstance(grads, Tensor):
+        return grads.sum(0)
+    total = grads[0].clone()  # autograd may give two parameters the same tensor
+    for grad in grads[1:]:
+        total.add_(grad)
+    return total
+
+
 def _differentiated(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -245,15 +395,19 @@ def _differentiated(
     an axis of shards in front; changes `buffers` in place as a forward pass of the model would."""
 
     def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return loss_fn(functional_call(model, {**weights, **buffers}, (inputs,)), targets)
+        return _loss_at(model, loss_fn, {**weights, **buffers}, inputs, targets)
 
     leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
     with torch.enable_grad():
         losses = vmap(loss, randomness="different")(leaves, buffers, inputs, targets)
-        if losses.ndim != 1:
-            raise InputError(f"loss_fn returned {losses.ndim - 1} axes: let it return the mean over the examples")
+        _check_axes(losses, 1)
         grads = torch.autograd.grad(losses, list(leaves.values()), factors.to(losses.dtype), allow_unused=True)
     return losses.detach(), grads
+
+
+def _check_axes(losses: Tensor, of_shards: int) -> None:
+    if losses.ndim != of_shards:
+        raise InputError(f"loss_fn returned {losses.ndim - of_shards} axes: let it return the mean over the examples")
 
 
 class _ChannelsSideBySide(TorchFunctionMode):
@@ -340,23 +494,29 @@ def _tracing() -> AbstractContextManager:
     return torch._dynamo.config.patch(trace_autograd_ops=True)  # torch 2.15 compiles a call of autograd only with this
 
 
+_sequential_only: WeakSet[nn.Module] = WeakSet()  # other passes have failed at them
 _kept: WeakKeyDictionary[nn.Module, dict[tuple[FunctionType, bool | str], Callable[..., Any]]] = WeakKeyDictionary()
 
 
-def _perturbed(w: Tensor, eps: Tensor | None, num_shards: int) -> Tensor:
+def _perturbed(w: Tensor, eps: OfShards | None, num_shards: int) -> Tensor:
+    """(num_shards, *shape)"""
     if eps is None:
         return w.expand(num_shards, *w.shape)
+    return _sum_as(w, eps if isinstance(eps, Tensor) else torch.stack(list(eps)))
+
+
+def _sum_as(w: Tensor, eps: Tensor) -> Tensor:
     return (w + eps).to(w.dtype)  # eps of a half-precision weight is float32
 
 
 @contextmanager
-def _advised() -> Iterator[None]:
+def _advised(passes: str) -> Iterator[None]:
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        error.add_note("This came from Shards' vectorised passes (torch.func.vmap): vectorize=False does without.")
+        error.add_note(f"This came from passes={passes!r} of Shards: passes='sequential' does without.")
         raise
 
 
@@ -447,17 +607,17 @@ def _tracking(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
 # --------------------------------------------------------------------------------------------- what stands against it
 
 
-def _obstacle(opt: Optimizer, model: nn.Module, sizes: Sequence[int]) -> str | None:
-    """Why the shards cannot be vectorised, and what to do; None if they can."""
-    if len(set(sizes)) > 1:
-        return f"the shards have the sizes {sorted(set(sizes))}: let num_shards or shard_size divide the batch"
+def _obstacle(opt: Optimizer, model: nn.Module) -> str | None:
+    """Why shards cannot have weights of their own, and what to do; None if they can."""
     if hasattr(model, "_orig_mod"):
-        return "the model is compiled: pass the module itself, and compile=True"
+        return "the model is compiled: pass the module itself, with compile=True for vmap"
     if getattr(opt, "second_order", False) or getattr(opt, "inner_steps", 1) > 1:
         return "the optimiser has second_order or inner_steps > 1: leave them out"
     own = set(model.parameters())
     if any(w.requires_grad and w not in own for group in opt.param_groups for w in group["params"]):
         return "the optimiser trains tensors that are not parameters of model: make one module of both"
+    if any(w._backward_hooks or w._post_accumulate_grad_hooks for w in own):
+        return "parameters have hooks, which act on the gradients of the closures only: take them off"
     return next(filter(None, map(_obstacle_in, model.modules())), None)
 
 

@@ -354,7 +354,7 @@ def test_the_ordinary_step_and_vectorised_shards_would_be_seen_to_wait(monkeypat
     assert "_local_scalar_dense" in watch.found
     recorded(monkeypatch)
     with Watch() as watch:
-        opt.step(Shards(opt, model, functional.cross_entropy, *batch, num_shards=4, vectorize=True))
+        opt.step(Shards(opt, model, functional.cross_entropy, *batch, num_shards=4, passes="vmap"))
     assert watch.found == {"lift_fresh"}
 
 
@@ -695,7 +695,7 @@ def test_parallel_shards_are_the_closures_in_turn(cls, statistics):
             opt.step(
                 ParallelShards(opt, model, functional.cross_entropy, *batch, **cut)
                 if parallel
-                else Shards(opt, model, functional.cross_entropy, *batch, **cut, vectorize=False)
+                else Shards(opt, model, functional.cross_entropy, *batch, **cut, passes="sequential")
             )
             for batch in batches(10)
         ]
@@ -720,7 +720,7 @@ def test_shards_of_different_sizes_are_refused():
         ParallelShards(opt, model, functional.cross_entropy, *next(batches(1)), num_shards=3)
 
 
-@pytest.mark.parametrize("cut", [partial(Shards, vectorize=True), ParallelShards])
+@pytest.mark.parametrize("cut", [partial(Shards, passes="vmap"), ParallelShards])
 def test_a_fused_update_of_channels_last_weights_gets_gradients_of_their_strides(cut):
     """The fused kernel pairs weights and gradients by memory: other strides are other weights' gradients."""
     found = []

@@ -455,7 +455,7 @@ def test_shards_on_streams_are_the_closures_in_turn(num_streams, statistics, cap
     cut = {"num_shards": NUM_SHARDS, "statistics": statistics}
 
     def sequential(opt, model, inputs, labels):
-        return opt.step(Shards(opt, model, functional.cross_entropy, inputs, labels, **cut, vectorize=False))
+        return opt.step(Shards(opt, model, functional.cross_entropy, inputs, labels, **cut, passes="sequential"))
 
     def parallel(opt, model, inputs, labels, streams):
         shards = ParallelShards(opt, model, functional.cross_entropy, inputs, labels, **cut, streams=streams)

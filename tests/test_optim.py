@@ -1579,7 +1579,7 @@ def test_an_average_sam_refuses_the_state_of_another_class_before_it_loads_any()
 def test_a_layer_frozen_between_steps_of_vectorised_shards_does_not_move():
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     opt = SAM(model.parameters(), SGD, lr=0.1, momentum=0.9)
-    step = partial(Shards, opt, model, nn.functional.cross_entropy, num_shards=2, vectorize=True)
+    step = partial(Shards, opt, model, nn.functional.cross_entropy, num_shards=2, passes="vmap")
     opt.step(step(*examples(0, 8)))
     opt.zero_grad()
     model[0].requires_grad_(False)

@@ -1,9 +1,12 @@
-"""Shards: the closures against a loop by hand, the vectorised passes against the closures and torch.func."""
+"""Shards: the closures against a loop by hand, the passes for all shards against the closures and torch.func."""
 
 import copy
 import gc
 import math
+import time
+import warnings
 import weakref
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -12,6 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from samlib.errors import InputError
 from samlib.optim import ASAM, SAM
@@ -60,13 +64,30 @@ def assert_close(found, expected, tolerance=1e-12):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def train(way, model, make, steps=3, weights=None, **options):
+@contextmanager
+def threads(number):
+    """The tests run with one thread, where nothing can overlap."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["vmap", "overlapped"])
+def passes(request):
+    with threads(2 if request.param == "overlapped" else 1):
+        yield request.param
+
+
+def train(passes, model, make, steps=3, weights=None, **options):
     """The losses of a few steps and the model's state after them."""
     opt = make(model.parameters(), SGD, lr=0.1, momentum=0.9, weight_decay=1e-3)
     losses = []
     for step in range(steps):
-        shards = Shards(opt, model, loss_fn, *batch(step), vectorize=way == "vectorized", **options)
-        assert shards.vectorized == (way == "vectorized")
+        shards = Shards(opt, model, loss_fn, *batch(step), passes=passes, **options)
+        assert shards.passes == passes
         losses.append(opt.step(shards, weights=weights))
     return torch.stack(losses), states(model)
 
@@ -159,7 +180,7 @@ def test_a_plain_optimizer_and_the_second_order_gradient_take_the_closures_too()
     assert not torch.equal(model[0].weight, before["0.weight"])
 
 
-def test_a_finished_step_keeps_no_batch_alive():
+def test_a_finished_step_keeps_no_batch_alive(passes):
     model = network()
     opt = SAM(model.parameters(), SGD, rho=0.1, lr=0.1)
     inputs, targets = batch()
@@ -167,14 +188,14 @@ def test_a_finished_step_keeps_no_batch_alive():
     gc.disable()  # a cycle would wait for the collector, and a GPU's memory with it
     try:
         opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2))
-        opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2, vectorize=True))
+        opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2, passes=passes))
         del inputs
         assert kept() is None
     finally:
         gc.enable()
 
 
-# ------------------------------------------------------------------------------------------------- vectorised passes
+# --------------------------------------------------------------------------------------------- passes for all shards
 
 METHODS = {
     "SAM": partial(SAM, rho=0.1),
@@ -188,22 +209,22 @@ METHODS = {
 
 @pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
-def test_vectorised_steps_are_the_closures_steps(make, norm):
+def test_steps_are_the_closures_steps(make, norm, passes):
     expected = train("sequential", network(norm), make, num_shards=4)
-    assert_close(train("vectorized", network(norm), make, num_shards=4), expected)
+    assert_close(train(passes, network(norm), make, num_shards=4), expected)
 
 
 @pytest.mark.parametrize("statistics", ["frozen", "update", "eval"])
 @pytest.mark.parametrize("weights", [None, [4.0, 1.0, 1.0, 2.0]], ids=["equal", "weighted"])
-def test_running_statistics_end_as_the_closures_leave_them(statistics, weights):
+def test_running_statistics_end_as_the_closures_leave_them(statistics, weights, passes):
     options = {"make": METHODS["SAM"], "num_shards": 4, "statistics": statistics, "weights": weights}
     expected = train("sequential", network(), **options)
-    found = train("vectorized", network(), **options)
+    found = train(passes, network(), **options)
     assert found[1]["1.num_batches_tracked"] == (24 if statistics == "update" else 12)
     assert_close(found, expected)
 
 
-def test_a_batch_norm_layer_called_twice_and_one_in_eval_mode_and_one_without_statistics():
+def test_a_batch_norm_layer_called_twice_and_one_in_eval_mode_and_one_without_statistics(passes):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -222,7 +243,7 @@ def test_a_batch_norm_layer_called_twice_and_one_in_eval_mode_and_one_without_st
     for statistics in ("frozen", "update", "eval"):
         options = {"make": METHODS["SAM"], "num_shards": 3, "statistics": statistics}
         expected = train("sequential", model, **options)
-        assert_close(train("vectorized", twin, **options), expected)
+        assert_close(train(passes, twin, **options), expected)
     assert twin.shared.num_batches_tracked == 2 * 3 * 3 * 4
     assert twin.unused.num_batches_tracked == 0
 
@@ -242,7 +263,7 @@ class Operations(TorchDispatchMode):
 def test_the_batch_norm_of_all_shards_is_one_call_that_knows_the_weights():
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 3)).to(torch.float64)
     opt = SAM(model.parameters(), SGD, lr=0.1)
-    shards = Shards(opt, model, loss_fn, *batch(), num_shards=4, vectorize=True)
+    shards = Shards(opt, model, loss_fn, *batch(), num_shards=4, passes="vmap")
     with Operations() as operations:
         opt.step(shards)
     calls = [args for name, args in operations.found if name == "native_batch_norm"]
@@ -272,10 +293,10 @@ class Functional(nn.Module):
 @pytest.mark.parametrize(
     "statistics, affine, training", [(False, True, True), (True, True, False), (False, False, True)]
 )
-def test_batch_norm_as_a_function(statistics, affine, training):
+def test_batch_norm_as_a_function(statistics, affine, training, passes):
     torch.manual_seed(0)
     model = Functional(statistics, affine, training).to(torch.float64)
-    in_turn, at_once = (train(way, copy.deepcopy(model), SAM, num_shards=4) for way in ("in turn", "vectorized"))
+    in_turn, at_once = (train(way, copy.deepcopy(model), SAM, num_shards=4) for way in ("sequential", passes))
     assert_close(at_once, in_turn)
 
 
@@ -283,48 +304,48 @@ def test_statistics_that_no_layer_holds_are_not_lost_without_a_word():
     model = Functional(statistics=True, affine=True, training=True).to(torch.float64)
     opt = SAM(model.parameters(), SGD, lr=0.1)
     with pytest.raises(RuntimeError, match="running_mean") as caught:
-        opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4, vectorize=True))
-    assert "vectorize=False" in caught.value.__notes__[0]
-    opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4, vectorize=False))
+        opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4, passes="vmap"))
+    assert "passes='sequential'" in caught.value.__notes__[0]
+    opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4, passes="sequential"))
 
 
-def test_batch_norm_as_the_whole_model():
+def test_batch_norm_as_the_whole_model(passes):
     x, y = torch.randn(8, 3, dtype=torch.float64), torch.zeros(8, 3, dtype=torch.float64)
     model = nn.BatchNorm1d(3).double()
     twin = copy.deepcopy(model)
     opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
     opt.step(Shards(opt, model, functional.mse_loss, x, y, num_shards=2))
-    other.step(Shards(other, twin, functional.mse_loss, x, y, num_shards=2, vectorize=True))
+    other.step(Shards(other, twin, functional.mse_loss, x, y, num_shards=2, passes=passes))
     assert_close(states(twin), states(model))
 
 
-def test_shards_of_one_example_have_the_gradients_of_torch_func():
+def test_shards_of_one_example_have_the_gradients_of_torch_func(passes):
     model = network("group")
     inputs, targets = batch()
     opt = SAM(model.parameters(), SGD, lr=0.1)
     params = list(model.parameters())
-    losses, found = Shards(opt, model, loss_fn, inputs, targets, shard_size=1).gradients_at_w(params)
+    losses, found = Shards(opt, model, loss_fn, inputs, targets, shard_size=1, passes=passes).gradients_at_w(params)
 
     def loss(weights, x, y):
         return loss_fn(functional_call(model, weights, (x[None],)), y[None])
 
     weights = {name: w.detach() for name, w in model.named_parameters()}
     expected = vmap(grad(loss), in_dims=(None, 0, 0))(weights, inputs, targets)
-    assert_close(found, list(expected.values()))
+    assert_close([torch.stack(list(of_all)) for of_all in found], list(expected.values()))
     assert_close(losses, loss_fn(model(inputs), targets, reduction="none").detach())
 
 
-def test_identical_shards_are_sam():
+def test_identical_shards_are_sam(passes):
     x, y = batch(size=3)
     model, expected = network(), network()
     opt, sam = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, expected))
-    shards = Shards(opt, model, loss_fn, x.repeat(4, 1, 1, 1), y.repeat(4), num_shards=4, vectorize=True)
+    shards = Shards(opt, model, loss_fn, x.repeat(4, 1, 1, 1), y.repeat(4), num_shards=4, passes=passes)
     opt.step(shards)
     sam.step(Shards(sam, expected, loss_fn, x, y, num_shards=1))
     assert_close(list(model.parameters()), list(expected.parameters()))
 
 
-def test_frozen_tensors_and_tensors_that_the_loss_does_not_reach():
+def test_frozen_tensors_and_tensors_that_the_loss_does_not_reach(passes):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -338,13 +359,13 @@ def test_frozen_tensors_and_tensors_that_the_loss_does_not_reach():
     model = Net()
     twin, before = copy.deepcopy(model), states(model)
     expected = train("sequential", model, METHODS["ASAM"], num_shards=4)
-    assert_close(train("vectorized", twin, METHODS["ASAM"], num_shards=4), expected)
+    assert_close(train(passes, twin, METHODS["ASAM"], num_shards=4), expected)
     assert torch.equal(twin.spare.weight, before["spare.weight"])  # not even decayed
     assert twin.spare.weight.grad is None
     assert twin.body[0].weight.grad is None
 
 
-def test_a_tensor_that_is_not_perturbed_and_tied_tensors():
+def test_a_tensor_that_is_not_perturbed_and_tied_tensors(passes):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -365,7 +386,7 @@ def test_a_tensor_that_is_not_perturbed_and_tied_tensors():
 
     opt, other = made(model), made(twin)
     opt.step(Shards(opt, model, functional.mse_loss, x, y, num_shards=3))
-    shards = Shards(other, twin, functional.mse_loss, x, y, num_shards=3, vectorize=True)
+    shards = Shards(other, twin, functional.mse_loss, x, y, num_shards=3, passes=passes)
     perturbed, still = ([*group["params"]] for group in other.param_groups)
     _, grads = shards.gradients_at_w(perturbed)
     eps = [perturbation(perturbed, one, 0.2) for one in zip(*grads, strict=True)]
@@ -374,36 +395,36 @@ def test_a_tensor_that_is_not_perturbed_and_tied_tensors():
     assert_close(found, [w.grad for group in opt.param_groups for w in group["params"]])
 
 
-def test_channels_last_and_a_loss_that_is_a_module():
+def test_channels_last_and_a_loss_that_is_a_module(passes):
     model, twin = network().to(memory_format=torch.channels_last), network()
     inputs, targets = batch()
     opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
     last = inputs.to(memory_format=torch.channels_last)
-    loss = opt.step(Shards(opt, model, nn.CrossEntropyLoss(), last, targets, num_shards=4, vectorize=True))
+    loss = opt.step(Shards(opt, model, nn.CrossEntropyLoss(), last, targets, num_shards=4, passes=passes))
     expected = other.step(Shards(other, twin, functional.cross_entropy, inputs, targets, num_shards=4))
     assert_close((loss, states(model)), (expected, states(twin)))
 
 
-def test_bfloat16_weights_are_perturbed_as_in_place():
+def test_bfloat16_weights_are_perturbed_as_in_place(passes):
     model, twin = (network("none", torch.bfloat16) for _ in range(2))
     inputs, targets = batch(dtype=torch.bfloat16)
     opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
     opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2))
-    other.step(Shards(other, twin, loss_fn, inputs, targets, num_shards=2, vectorize=True))
+    other.step(Shards(other, twin, loss_fn, inputs, targets, num_shards=2, passes=passes))
     grads = [[w.grad.float() for w in one.parameters()] for one in (twin, model)]
     torch.testing.assert_close(*grads, rtol=0.05, atol=2e-3)
 
 
-def test_dropout_draws_a_mask_for_each_shard():
+def test_dropout_draws_a_mask_for_each_shard(passes):
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(75, 3)).double()
     x = batch(size=1)[0].repeat(8, 1, 1, 1)
     opt = SAM(model.parameters(), SGD, lr=0.1)
-    shards = Shards(opt, model, loss_fn, x, torch.zeros(8, dtype=torch.long), num_shards=8, vectorize=True)
+    shards = Shards(opt, model, loss_fn, x, torch.zeros(8, dtype=torch.long), num_shards=8, passes=passes)
     losses, _ = shards.gradients_at_w(list(model.parameters()))
     assert len(losses.unique()) == 8
 
 
-def test_passes_leave_weights_gradients_and_modes():
+def test_passes_leave_weights_gradients_and_modes(passes):
     model = network()
     model[0].weight.requires_grad_(False)
     model[1].weight.grad = torch.ones_like(model[1].weight)
@@ -412,10 +433,10 @@ def test_passes_leave_weights_gradients_and_modes():
     attributes = [(module.training, getattr(module, "track_running_stats", None)) for module in model.modules()]
     params = [w for w in model.parameters() if w.requires_grad]
     for statistics in ("frozen", "update", "eval"):
-        shards = Shards(opt, model, loss_fn, *batch(), num_shards=4, statistics=statistics, vectorize=True)
+        shards = Shards(opt, model, loss_fn, *batch(), num_shards=4, statistics=statistics, passes=passes)
         losses, grads = shards.gradients_at_w(params)
         means = shards.mean_gradients(params, grads)
-    assert not any(t.requires_grad for t in (losses, *grads, *means))
+    assert not any(t.requires_grad for t in (losses, *means, *(one for of_all in grads for one in of_all)))
     now = dict(model.named_parameters())
     for name, (w, value, version, grad_, requires_grad) in weights.items():
         assert now[name] is w
@@ -426,7 +447,7 @@ def test_passes_leave_weights_gradients_and_modes():
     assert attributes == [(module.training, getattr(module, "track_running_stats", None)) for module in model.modules()]
 
 
-def test_an_exception_leaves_the_model_and_says_how_to_do_without():
+def test_an_exception_leaves_the_model_and_says_how_to_do_without(passes):
     model = network()
     opt = SAM(model.parameters(), SGD, lr=0.1)
     before, params = states(model), list(model.parameters())
@@ -434,14 +455,17 @@ def test_an_exception_leaves_the_model_and_says_how_to_do_without():
     def with_item(outputs, targets):
         return loss_fn(outputs, targets) / outputs.norm().item()
 
-    shards = Shards(opt, model, with_item, *batch(), num_shards=4, vectorize=True)
+    def raises(outputs, targets):
+        raise RuntimeError("of the model")
+
+    shards = Shards(opt, model, with_item if passes == "vmap" else raises, *batch(), num_shards=4, passes=passes)
     with pytest.raises(RuntimeError) as caught:
         shards.gradients_at_w(params)
-    assert "vectorize=False" in caught.value.__notes__[0]
+    assert "passes='sequential'" in caught.value.__notes__[0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     shards.loss_fn = loss_fn
     _, grads = shards.gradients_at_w(params)
-    shards.loss_fn = with_item
+    shards.loss_fn = raises
     with pytest.raises(RuntimeError):
         shards.mean_gradients(params, grads)
     assert all(w is now for w, now in zip(params, model.parameters(), strict=True))
@@ -449,6 +473,184 @@ def test_an_exception_leaves_the_model_and_says_how_to_do_without():
     shards.loss_fn = partial(functional.cross_entropy, reduction="none")
     with pytest.raises(InputError, match="mean over the examples"):
         shards.gradients_at_w(params)
+
+
+# --------------------------------------------------------------------------------------------------- overlapped passes
+
+
+class Slow(torch.autograd.Function):
+    """Nothing, with a backward pass that takes as long as it is told."""
+
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        time.sleep(ctx.seconds)
+        return grad_output, None
+
+
+def test_overlapped_steps_are_the_same_to_the_last_bit_wherever_a_backward_ran():
+    def trained(seconds):
+        model, delays = network(dtype=torch.float32), iter(seconds)
+        model[0].register_forward_hook(lambda module, args, output: Slow.apply(output, next(delays)))
+        opt = SAM(model.parameters(), SGD, rho=0.1, lr=0.1, momentum=0.9)
+        losses = [
+            opt.step(Shards(opt, model, loss_fn, *batch(step, dtype=torch.float32), num_shards=4, passes="overlapped"))
+            for step in range(3)
+        ]
+        return torch.stack(losses), list(states(model).values())
+
+    with threads(2):
+        expected = trained([0.0] * 24)
+        for seconds in ([0.02, 0, 0, 0], [0, 0.02, 0, 0.01], [0, 0, 0.02, 0]):
+            found = trained(seconds * 6)
+            assert torch.equal(found[0], expected[0])
+            assert all(map(torch.equal, found[1], expected[1]))
+
+
+def test_overlapped_shards_may_be_of_different_sizes():
+    model, twin = network(), network()
+    opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
+    for step in range(3):
+        cut = {"shard_size": 5, "statistics": "update"}
+        expected = opt.step(Shards(opt, model, loss_fn, *batch(step), **cut, passes="sequential"))
+        with threads(2):
+            found = other.step(Shards(other, twin, loss_fn, *batch(step), **cut, passes="overlapped"))
+        assert_close(found, expected)
+    assert_close(states(twin), states(model))
+
+
+def test_overlapped_passes_under_autocast():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(75, 40), nn.ReLU(), nn.Linear(40, 3))
+    twin = copy.deepcopy(model)
+    inputs, targets = batch(dtype=torch.float32)
+    opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=4, passes="sequential"))
+        with threads(2):
+            found = other.step(Shards(other, twin, loss_fn, inputs, targets, num_shards=4, passes="overlapped"))
+    assert_close(found, expected)  # in float32 the losses would differ
+    grads = [[w.grad for w in one.parameters()] for one in (twin, model)]
+    torch.testing.assert_close(*grads, rtol=0.05, atol=2e-3)
+
+
+class Branches(nn.Module):
+    """A tensor that some inputs reach, and two whose gradient autograd returns as one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.often, self.sometimes = nn.Linear(2, 1), nn.Linear(2, 1)
+        self.a, self.b = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.ones(3, 1))
+
+    def forward(self, x):
+        out = self.often(x) + self.a + self.b
+        return out + self.sometimes(x) if x.sum() > 0 else out
+
+
+def test_tensors_that_only_some_shards_reach_and_gradients_that_are_one_tensor():
+    torch.manual_seed(0)
+    model = Branches().double()
+    twin = copy.deepcopy(model)
+    x = torch.tensor([[1.0, 1.0]] * 3 + [[-1.0, -2.0]] * 3 + [[3.0, 1.0]] * 3, dtype=torch.float64)
+    y = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
+    opt, other = (SAM(one.parameters(), SGD, rho=0.2, lr=0.1) for one in (model, twin))
+    opt.step(Shards(opt, model, functional.mse_loss, x, y, num_shards=3, passes="sequential"))
+    with threads(2):
+        other.step(Shards(other, twin, functional.mse_loss, x, y, num_shards=3, passes="overlapped"))
+    assert_close(states(twin), states(model))
+
+
+def test_draws_of_overlapped_passes_are_those_of_the_generator_in_the_order_of_the_shards():
+    def trained():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(75, 3)).double()
+        opt = SAM(model.parameters(), SGD, rho=0.1, lr=0.1)
+        for step in range(5):
+            opt.step(Shards(opt, model, loss_fn, *batch(step), num_shards=4, passes="overlapped"))
+        return states(model)
+
+    with threads(2):
+        first = trained()
+        assert all(torch.equal(value, first[name]) for name, value in trained().items())
+
+
+def test_replayed_masks_take_the_closures():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(75, 3)).double()
+    twin = copy.deepcopy(model)
+    opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
+    torch.manual_seed(0)
+    opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4, passes="sequential"), replay_rng=True)
+    torch.manual_seed(0)
+    with threads(2):
+        other.step(Shards(other, twin, loss_fn, *batch(), num_shards=4), replay_rng=True)
+    assert_close(states(twin), states(model))
+
+
+class Checkpointed(nn.Module):
+    """Computes an activation again in the backward pass, when the passes of other shards have other weights."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.body, self.head = nn.Linear(75, 6), nn.Linear(6, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = x.flatten(1).requires_grad_()
+        return self.head(checkpoint(lambda y: torch.tanh(self.body(torch.sin(y))), x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2], ids=["vmap", "overlapped"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_passes_that_fail_give_way_to_the_closures_with_one_warning(reentrant, num_threads):
+    torch.manual_seed(0)
+    model = Checkpointed(reentrant).double()
+    twin = copy.deepcopy(model)
+    opt, other = (METHODS["ASAM"](one.parameters(), SGD, lr=0.1, momentum=0.9) for one in (model, twin))
+    num_shards, named = (12, "vmap") if num_threads == 1 else (4, "overlapped")
+    with threads(num_threads):
+        for step in range(3):
+            shards = Shards(other, twin, loss_fn, *batch(step), num_shards=num_shards)
+            assert shards.passes == ("sequential" if step else named)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                found = other.step(shards)
+            assert [f"passes='{named}' failed" in str(one.message) for one in said] == ([] if step else [True])
+            assert all(one.filename == __file__ for one in said)
+            assert shards.passes == "sequential"
+            in_turn = Shards(opt, model, loss_fn, *batch(step), num_shards=num_shards, passes="sequential")
+            assert_close(found, opt.step(in_turn))
+        assert_close(states(twin), states(model))
+        with pytest.raises(RuntimeError) as caught:
+            other.step(Shards(other, twin, loss_fn, *batch(), num_shards=num_shards, passes=named))
+    assert caught.value.__notes__ == [f"This came from passes='{named}' of Shards: passes='sequential' does without."]
+
+
+def test_hooks_on_saved_tensors_around_a_step_take_the_closures():
+    model = network()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with threads(2), hooks, pytest.warns(UserWarning, match="hooks on saved tensors"):
+        opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4))
+    assert saved
+
+
+def test_an_error_of_the_model_comes_out_of_the_closures():
+    model = network()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+
+    def raises(outputs, targets):
+        raise ZeroDivisionError("of the model")
+
+    with threads(2), pytest.warns(UserWarning, match="of the model"), pytest.raises(ZeroDivisionError) as caught:
+        opt.step(Shards(opt, model, raises, *batch(), num_shards=4))
+    assert not hasattr(caught.value, "__notes__")
+    no_mean = partial(functional.cross_entropy, reduction="none")
+    with threads(2), pytest.raises(InputError, match="mean over the examples"):
+        opt.step(Shards(opt, model, no_mean, *batch(), num_shards=4, passes="overlapped"))
 
 
 # --------------------------------------------------------------------------------------------------------- compilation
@@ -460,20 +662,20 @@ def tiny(norm):
     return nn.Sequential(nn.Conv2d(3, 2, 3, bias=False), norm, nn.Flatten(), nn.Linear(18, 3)).double()
 
 
-@pytest.mark.parametrize("vectorize", [pytest.param(True, marks=compiles), False])
+@pytest.mark.parametrize("passes", [pytest.param("vmap", marks=compiles), "sequential", "overlapped"], indirect=True)
 @pytest.mark.parametrize("statistics", ["frozen", "update", "eval"])
-def test_compiled_steps_are_the_closures_steps_and_compile_once(statistics, vectorize):
+def test_compiled_steps_are_the_closures_steps_and_compile_once(statistics, passes):
     model, twin = tiny(nn.BatchNorm2d(2)), tiny(nn.BatchNorm2d(2))
     opt = METHODS["ASAM"](model.parameters(), SGD, lr=0.1, momentum=0.9)
     other = METHODS["ASAM"](twin.parameters(), SGD, lr=0.1, momentum=0.9, flat=True, fused=True)
 
     def step(seed, stance):
         options = {"num_shards": 4, "statistics": statistics}
-        expected = opt.step(Shards(opt, model, loss_fn, *batch(seed), **options, vectorize=False))
+        expected = opt.step(Shards(opt, model, loss_fn, *batch(seed), **options, passes="sequential"))
         with torch.compiler.set_stance(stance):  # a new object each step: what is compiled must not be the object's
-            own = {"vectorize": vectorize, "compile": "aot_eager"}
+            own = {"passes": passes, "compile": "aot_eager"}
             shards = Shards(other, twin, lambda *outputs: loss_fn(*outputs), *batch(seed), **options, **own)
-            assert shards.vectorized == vectorize
+            assert shards.passes == passes
             assert_close(other.step(shards), expected)
         assert_close(states(twin), states(model))
 
@@ -491,7 +693,7 @@ def test_compiled_passes_with_frozen_and_unreached_tensors_and_another_batch_siz
     for size in (12, 8):
         means = []
         for compiled in (False, "aot_eager"):
-            shards = Shards(opt, model, loss_fn, *batch(size=size), num_shards=4, vectorize=True, compile=compiled)
+            shards = Shards(opt, model, loss_fn, *batch(size=size), num_shards=4, passes="vmap", compile=compiled)
             _, grads = shards.gradients_at_w(params)
             means.append(shards.mean_gradients(params, grads, [0.1, 0.2, 0.3, 0.4]))
         assert means[1][-1] is None
@@ -505,7 +707,7 @@ def test_what_is_compiled_goes_with_its_model_and_does_not_count_against_others(
         for width in (1, 2, 3):
             model = nn.Sequential(nn.Flatten(), nn.Linear(75, width), nn.Linear(width, 3)).double()
             opt = SAM(model.parameters(), SGD, lr=0.1)
-            shards = Shards(opt, model, loss_fn, *batch(), num_shards=2, compile="eager")
+            shards = Shards(opt, model, loss_fn, *batch(), num_shards=2, passes="vmap", compile="eager")
             shards[0]()
             shards.gradients_at_w(list(model.parameters()))
             alive.append(weakref.ref(model))
@@ -514,6 +716,7 @@ def test_what_is_compiled_goes_with_its_model_and_does_not_count_against_others(
     assert not any(one() for one in alive)
 
 
+@compiles
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it resumes after the break
 def test_a_model_that_cannot_be_compiled_whole_is_refused_by_torch():
     def breaks(outputs, targets):
@@ -521,10 +724,11 @@ def test_a_model_that_cannot_be_compiled_whole_is_refused_by_torch():
         return loss_fn(outputs, targets)
 
     model = network("none")
-    shards = Shards(SAM(model.parameters(), SGD, lr=0.1), model, breaks, *batch(), num_shards=2, compile="eager")
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    shards = Shards(opt, model, breaks, *batch(), num_shards=2, passes="vmap", compile="eager")
     with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
         shards.gradients_at_w(list(model.parameters()))
-    assert any("vectorize=False" in note for note in caught.value.__notes__)
+    assert any("passes='sequential'" in note for note in caught.value.__notes__)
     assert shards[0]() == loss_fn(model(batch()[0][:6]), batch()[1][:6])  # a closure is compiled in parts
 
 
@@ -546,22 +750,71 @@ def made(model, opt=None, size=BATCH, **options):
     return Shards(opt, model, loss_fn, *batch(size=size, dtype=torch.float32), **options)
 
 
-def test_choice_by_shape():
-    small, large = network("none", torch.float32), nn.Sequential(nn.Flatten(), nn.Linear(75, 20000))
-    assert made(small, num_shards=12).vectorized
-    assert not made(small, num_shards=6).vectorized
-    assert not made(large, num_shards=12).vectorized
-    assert not made(small, num_shards=12, vectorize=False).vectorized
-    assert made(large, num_shards=2, vectorize=True).vectorized
-    assert not made(small, num_shards=9).vectorized  # ragged
+class Large(nn.Module):
+    """As many parameters as it is told, which nothing computes with."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, device="meta"))
 
 
-@compiles
-def test_choice_by_shape_where_the_passes_are_compiled():
-    small = network("none", torch.float32)
-    assert made(small, num_shards=12, compile=True).vectorized
-    assert not made(small, num_shards=2, compile=True).vectorized
-    assert made(small, num_shards=2, compile=True, vectorize=True).vectorized
+CHOICES = [  # parameters, shards of a batch of 12, the choice with one thread, with two
+    (10_000, 1, "sequential", "sequential"),
+    (10_000, 2, "sequential", "overlapped"),
+    (10_000, 12, "vmap", "vmap"),
+    (10_000, 9, "sequential", "overlapped"),  # ragged
+    (270_000, 6, "sequential", "overlapped"),
+    (270_000, 12, "vmap", "overlapped"),
+    (2_000_000, 12, "sequential", "overlapped"),
+    (2_000_000_000, 2, "sequential", "sequential"),
+]
+
+
+@pytest.mark.parametrize("size, num_shards, with_one, with_two", CHOICES)
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=compiles), False])
+def test_choice_by_shape_and_threads(size, num_shards, with_one, with_two, compiled):
+    model = Large(size)
+    with threads(1):
+        assert made(model, num_shards=num_shards, compile=compiled).passes == with_one
+    with threads(2):
+        assert made(model, num_shards=num_shards, compile=compiled).passes == with_two
+
+
+def test_a_choice_by_name_is_taken():
+    for passes in ("sequential", "overlapped", "vmap"):
+        with threads(2):
+            assert made(network("none", torch.float32), num_shards=4, passes=passes).passes == passes
+
+
+def overlaps(model, opt=None):
+    return made(model, opt, num_shards=2, passes="overlapped")
+
+
+def test_what_cannot_overlap():
+    model = network("none", torch.float32)
+    with pytest.raises(InputError, match="'overlapped' is impossible: torch's number of threads, 1, has no half"):
+        overlaps(model)
+    with threads(2):
+        assert overlaps(model).passes == "overlapped"
+        hooked = network("none", torch.float32)
+        hooked[0].register_full_backward_hook(lambda *_: None)
+        with pytest.raises(InputError, match="backward hooks, which would run in another thread"):
+            overlaps(hooked)
+        assert made(hooked, num_shards=2).passes == "sequential"
+        inputs, targets = (t.to("meta") for t in batch())
+        with pytest.raises(InputError, match="the inputs are on meta"):
+            Shards(SGD(model.parameters()), model, loss_fn, inputs, targets, num_shards=2, passes="overlapped")
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_act_whatever_is_chosen(register):
+    model = network("none")
+    getattr(model[0].weight, register)(lambda w: None)
+    for number, num_shards, named in ((2, 2, "overlapped"), (1, 12, "vmap")):
+        with threads(number):
+            assert made(model, num_shards=num_shards).passes == "sequential"
+            with pytest.raises(InputError, match="parameters have hooks"):
+                made(model, num_shards=num_shards, passes=named)
 
 
 def test_a_scaler_is_refused():
@@ -586,24 +839,24 @@ def with_layer(layer):
     ],
     ids=["cumulative", "sync", "instance", "recurrent", "compiled"],
 )
-def test_models_that_cannot_be_vectorised(model, reason):
-    assert not made(model, num_shards=12).vectorized
-    with pytest.raises(InputError, match=f"vectorize=True is impossible: .*{reason}"):
-        made(model, num_shards=12, vectorize=True)
+def test_models_whose_shards_cannot_have_weights_of_their_own(model, reason, passes):
+    assert made(model, num_shards=12).passes == "sequential"
+    with pytest.raises(InputError, match=f"passes = '{passes}' is impossible: .*{reason}"):
+        made(model, num_shards=12, passes=passes)
 
 
-def test_settings_that_cannot_be_vectorised():
+def test_settings_that_take_the_closures(passes):
     model, other = network("none", torch.float32), nn.Parameter(torch.ones(1))
     for opt, reason in [
         (SAM(model.parameters(), SGD, second_order=True, lr=0.1), "second_order"),
         (SAM(model.parameters(), SGD, inner_steps=2, lr=0.1), "inner_steps"),
         (SAM([*model.parameters(), other], SGD, lr=0.1), "not parameters of model"),
     ]:
-        assert not made(model, opt, num_shards=12).vectorized
+        assert made(model, opt, num_shards=12).passes == "sequential"
         with pytest.raises(InputError, match=reason):
-            made(model, opt, num_shards=12, vectorize=True)
+            made(model, opt, num_shards=12, passes=passes)
     with pytest.raises(InputError, match=r"sizes \[2, 5\]"):
-        made(model, shard_size=5, vectorize=True)
+        made(model, shard_size=5, passes="vmap")
 
 
 @pytest.mark.parametrize(
@@ -615,6 +868,7 @@ def test_settings_that_cannot_be_vectorised():
         ({"num_shards": 0}, "num_shards = 0"),
         ({"shard_size": 0}, "shard_size = 0"),
         ({"num_shards": 2, "statistics": "thawed"}, "statistics = 'thawed'"),
+        ({"num_shards": 2, "passes": "threads"}, "passes = 'threads': give one of 'sequential', 'overlapped', 'vmap'"),
     ],
 )
 def test_bad_input_is_refused(options, message):
@@ -633,6 +887,6 @@ def test_a_torch_that_cannot_compile_autograd_takes_the_closures(monkeypatch):
     model = network()
     opt = SAM(model.parameters(), SGD, lr=0.1)
     shards = partial(Shards, opt, model, loss_fn, *batch(0), num_shards=12, compile="eager")
-    assert not shards().vectorized
-    with pytest.raises(InputError, match=r"vectorize=True is impossible: torch 2\.11"):
-        shards(vectorize=True)
+    assert shards().passes == "sequential"
+    with pytest.raises(InputError, match=r"passes = 'vmap' is impossible: torch 2\.11"):
+        shards(passes="vmap")

@@ -213,10 +213,10 @@ def plain_msam(workload: Workload, num_shards: int) -> Step:
     return step
 
 
-def msam(workload: Workload, num_shards: int, vectorize: bool | None = None, compile: bool = False) -> Step:
+def msam(workload: Workload, num_shards: int, passes: str | None = None, compile: bool = False) -> Step:
     optimizer = OPTIMIZERS[plan.OURS](workload.params)
     cut = partial(Shards, optimizer, workload.model, nn.functional.cross_entropy)
-    settings = {"num_shards": num_shards, "statistics": "update", "vectorize": vectorize, "compile": compile}
+    settings = {"num_shards": num_shards, "statistics": "update", "passes": passes, "compile": compile}
     return lambda: optimizer.step(cut(*workload.batch, **settings))
 
 
@@ -246,17 +246,18 @@ def plain_name(num_shards: int) -> str:
 
 def _msam_variants(num_shards: int) -> dict[str, Variant]:
     plain = plain_name(num_shards)
-    ways = {"": {}, "sequential": {"vectorize": False}, "vmap": {"vectorize": True}}
-    compiled = partial(msam, num_shards=num_shards, compile=True)
+    ways = {"": None, "sequential": "sequential", "overlapped": "overlapped", "vmap": "vmap"}
     return {
         plain: Variant(partial(plain_msam, num_shards=num_shards), plain),
         **{
-            plan.msam(num_shards, way): Variant(partial(msam, num_shards=num_shards, **ways[way]), plain)
-            for way in ways
+            plan.msam(num_shards, way): Variant(partial(msam, num_shards=num_shards, passes=passes), plain)
+            for way, passes in ways.items()
         },
         **{
-            plan.msam(num_shards, f"{way} compiled"): Variant(partial(compiled, **ways[way]), plain, COMPILED_TOLERANCE)
-            for way in ("sequential", "vmap")
+            plan.msam(num_shards, f"{way} compiled".strip()): Variant(
+                partial(msam, num_shards=num_shards, passes=passes, compile=True), plain, COMPILED_TOLERANCE
+            )
+            for way, passes in ways.items()
         },
     }
 

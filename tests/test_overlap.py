@@ -1,0 +1,110 @@
+"""Backward passes on a second thread: order, threads, what is left behind when something fails."""
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from samlib.overlap import obstacle, overlapped
+
+WAIT = 60  # seconds, after which a test fails instead of hanging
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_the_order_of_the_forwards():
+    assert overlapped([partial(int, index) for index in range(20)], lambda made: 10 * made) == list(range(0, 200, 10))
+    assert overlapped([], int) == []
+
+
+def test_a_backward_runs_while_the_next_forward_does():
+    next_forward = threading.Event()
+
+    def forward(index):
+        if index == 1:
+            next_forward.set()
+        return index
+
+    assert overlapped([partial(forward, index) for index in range(2)], lambda _: next_forward.wait(WAIT)) == [True] * 2
+
+
+def test_forwards_stay_in_the_calling_thread_and_backwards_are_in_both():
+    both = threading.Barrier(2)  # passed only by two threads at once
+
+    def backward(made):
+        both.wait(WAIT)
+        return made, threading.get_ident()
+
+    found = overlapped([threading.get_ident] * 4, backward)
+    assert {forward for forward, _ in found} == {threading.get_ident()}
+    assert len({backward for _, backward in found}) == 2
+
+
+@pytest.mark.parametrize("at_half, first", [(False, 2), (True, 1)])
+def test_each_has_half_of_the_threads_and_the_first_forward_all_of_them(at_half, first):
+    found = overlapped([torch.get_num_threads] * 4, lambda made: (made, torch.get_num_threads()), at_half=at_half)
+    assert found == [(first, 1), (1, 1), (1, 1), (1, 1)]
+
+
+def test_autocast_acts_in_no_backward():
+    with torch.autocast("cpu"):
+        both = threading.Barrier(2)
+        found = overlapped([int] * 4, lambda _: (both.wait(WAIT), torch.is_autocast_enabled("cpu")))
+    assert [enabled for _, enabled in found] == [False] * 4
+
+
+def test_a_thread_made_later_has_the_number_of_threads_it_always_had():
+    overlapped([int], int)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert found == [2]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_exception_reaches_the_caller_and_nothing_runs_on(where, error):
+    running = threading.Semaphore(0)
+
+    def fail(index, *, here):
+        if here and index == 2:
+            raise error("of the third")
+        return index
+
+    def backward(index):
+        result = fail(index, here=where == "backward")
+        running.release()
+        return result
+
+    with pytest.raises(error, match="of the third"):
+        overlapped([partial(fail, index, here=where == "forward") for index in range(6)], backward)
+    finished = running._value
+    assert overlapped([int], lambda _: None) == [None]  # the helper has come to an end before this
+    assert running._value == finished
+    assert finished <= 5
+
+
+def test_what_stands_against_it():
+    assert obstacle() is None
+    for odd in (1, 3):
+        torch.set_num_threads(odd)
+        assert obstacle() == f"torch's number of threads, {odd}, has no half: choose another with torch.set_num_threads"
+    torch.set_num_threads(2)
+    with FlopCounterMode(display=False):
+        assert "FlopCounterMode would see the calling thread alone" in obstacle()
+    assert obstacle() is None
+
+
+def test_a_torch_without_openmp(monkeypatch):
+    monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "ATen parallel backend: native thread pool\n")
+    assert "this build of torch" in obstacle()
