@@ -274,7 +274,7 @@ class ParallelShards(Shards):
         statistics: str = "frozen",
     ) -> None:
         cut = {"num_shards": num_shards, "shard_size": shard_size}
-        # the limits of vmap are those of a capture: shards of one size, no hooks
+        # the limits of vmap are those of a capture: shards of one size, no hooks on parameters
         super().__init__(opt, model, loss_fn, inputs, targets, **cut, statistics=statistics, passes=VMAP)
         self.passes, self.streams = "streams", streams
 

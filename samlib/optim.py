@@ -549,6 +549,7 @@ class SAM(Optimizer):
         if first_pass is None:
             return None
         losses, grads = first_pass
+        _dense([one for of_all in grads for one in ([of_all] if isinstance(of_all, Tensor) else of_all)])
         loss = sum(share * one for share, one in zip(shares, losses.unbind(), strict=True))
         weights, rho = map(list, zip(*self._perturbable(self._layout.parameters), strict=True))
         scale, of = self._scales(weights), dict(zip(trained, grads, strict=True))

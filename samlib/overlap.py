@@ -7,7 +7,8 @@ one after the other, since a module is one object with one state; a backward pas
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from typing import TypeVar
 
@@ -17,14 +18,17 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 Made = TypeVar("Made")
 Result = TypeVar("Result")
 
+MAX_WAITING = 2  # forwards without their backward: their graphs and activations are alive. With 1 a thread may be idle
+
 
 def overlapped(
     forwards: Iterable[Callable[[], Made]], backward: Callable[[Made], Result], *, at_half: bool = False
 ) -> list[Result]:
-    """`backward(forward())` of each, in their order.
+    """`backward(forward())` of each, in their order, where there is no `obstacle`.
 
-    The forwards run here. The backwards run in a second thread and, once no forward is left, here as well, each with
-    half of torch's threads: what they compute does not depend on where they run.
+    The forwards run here. The backwards run in a second thread and, when several wait or no forward is left, here as
+    well, each with half of torch's threads: what they compute does not depend on where they run. While it lasts, a
+    Python thread that calls torch for the first time finds half of torch's threads, too, and keeps them.
 
     Args:
         forwards: the first has all of torch's threads, since no backward runs beside it yet, the others half of them.
@@ -32,7 +36,7 @@ def overlapped(
         at_half: the first has half as well: code of torch.compile keeps the number that it was compiled with.
 
     Raises:
-        Exception: the first that a forward or a backward has raised; nothing runs any longer then.
+        Exception: one that a forward or a backward has raised; nothing runs any longer then.
     """
     threads = torch.get_num_threads()
     helper = _helper(os.getpid(), threads // 2)
@@ -40,29 +44,39 @@ def overlapped(
     done: dict[int, Result] = {}
 
     def work() -> None:
-        while True:
-            try:
-                index, made = waiting.popleft()
-            except IndexError:
-                return
-            with torch.autocast("cpu", enabled=False):  # which a new thread has not, and so neither has this one
-                done[index] = backward(made)
+        try:
+            index, made = waiting.popleft()
+        except IndexError:  # the other thread was here before
+            return
+        with torch.autocast("cpu", enabled=False):  # which a new thread has not, and so neither has the calling one
+            done[index] = backward(made)
 
-    calls = []
+    calls: list[Future[None]] = []
     try:
         if at_half:
             torch.set_num_threads(threads // 2)
         for index, forward in enumerate(forwards):
             waiting.append((index, forward()))
-            calls.append(helper.submit(work))
-            torch.set_num_threads(threads // 2)
-        work()
+            with suppress(RuntimeError):  # the interpreter ends and takes no calls: all is done here
+                calls.append(helper.submit(work))
+            if index == 0:
+                torch.set_num_threads(threads // 2)
+            if len(waiting) > MAX_WAITING:
+                work()
+        while waiting:
+            work()
         for call in calls:
-            call.result()
+            if not call.cancel():
+                call.result()
     finally:
         waiting.clear()
-        wait(calls)
-        torch.set_num_threads(threads)
+        try:
+            for call in calls:
+                call.cancel()
+            wait(calls)
+        finally:
+            torch.set_num_threads(threads)
+            call = calls = None  # an exception that a call holds would hold this frame and so the call
     return [done[index] for index in range(len(done))]
 
 

@@ -30,6 +30,7 @@ from samlib.batchnorm import second_pass
 from samlib.errors import InputError
 from samlib.overlap import obstacle as obstacle_to_threads
 from samlib.overlap import overlapped
+from samlib.substitute import check_graph, gradients, substituted, unchanged
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 Forward = Callable[[], tuple[Tensor, list[Tensor], float]]
@@ -91,9 +92,12 @@ class Shards(list[Callable[[], Tensor]]):
             layers.
 
     Dropout draws a mask per example in all three; the draws differ between them, and only the closures can replay them
-    (with `replay_rng` they are taken). Other state that a forward pass changes, such as the vectors of spectral norm,
-    is changed by all first passes before the second ones. Where passes that were not asked for by name fail at a model,
-    with checkpoints of activations for example, a warning says so once and the closures are taken.
+    (with `replay_rng` they are taken). Passes other than "sequential" see weights in the places of the model's own, and
+    leave their gradients to the optimiser: they fail where a loss reaches the model's own weights, where a forward pass
+    changes weights, buffers or inputs (spectral norm does) and where activations are checkpointed. Give "sequential"
+    for a model that keeps something else from a forward pass for its own backward pass. Where passes that were not
+    asked for by name fail in their first pass, or find an operation with a backward pass in Python, a warning says so
+    and the model's closures are taken from then on.
 
     Source: behdin2023, equations 4 to 6.
 
@@ -151,8 +155,6 @@ class Shards(list[Callable[[], Tensor]]):
         steps = self._running.no_steps()
         try:
             losses, grads = self._differentiate(parameters, [None] * len(parameters), steps)
-        except InputError:
-            raise
         except Exception as error:  # whatever it is: if it is the model's, the closures raise it again
             if not self._is_own_choice:
                 raise
@@ -195,34 +197,31 @@ class Shards(list[Callable[[], Tensor]]):
     ) -> tuple[Tensor, Sequence[OfShards | None]]:
         """The losses of all shards, (num_shards,), shard s at w + eps_s, and their gradients, times the shard's share
         if there are shares, as `gradients_at_w` returns them."""
-        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
-        names = [name_of[parameter] for parameter in parameters]
-        shares = shares or [1.0] * len(self)
-        with _advised(self.passes):
+        of_model = [self.inputs, *self.model.parameters(), *self.model.buffers()]
+        with _advised(self.passes), unchanged(of_model):
             way = self._differentiate_at_once if self.passes == VMAP else self._differentiate_each
-            return way(names, parameters, eps, buffers, shares)
+            return way(parameters, eps, buffers, shares or [1.0] * len(self))
 
     def _differentiate_at_once(
         self,
-        names: Sequence[str],
         parameters: Sequence[Tensor],
         eps: Sequence[OfShards | None],
         buffers: dict[str, Tensor],
         shares: Sequence[float],
     ) -> tuple[Tensor, Gradients]:
         """That in one call of the model."""
-        at = zip(names, parameters, eps, strict=True)
-        weights = {name: _perturbed(w.detach(), e, len(self)) for name, w, e in at}
+        places = _places(self.model)
+        names = [tuple(places[w]) for w in parameters]  # two where two modules hold it
+        weights = [_perturbed(w.detach(), e, len(self)) for w, e in zip(parameters, eps, strict=True)]
         inputs, targets = (t.unflatten(0, (len(self), -1)) for t in (self.inputs, self.targets))
         wide = torch.promote_types(parameters[0].dtype, torch.float32)
         factors = torch.tensor(shares, dtype=wide, device=parameters[0].device)
         run = _compiled(_differentiated, self.model, self.compile) if self.compile else _differentiated
         with _tracing() if self.compile else _ChannelsSideBySide():
-            return run(self.model, self.loss_fn, weights, buffers, inputs, targets, factors)
+            return run(self.model, self.loss_fn, names, weights, list(parameters), buffers, inputs, targets, factors)
 
     def _differentiate_each(
         self,
-        names: Sequence[str],
         parameters: Sequence[Tensor],
         eps: Sequence[OfShards | None],
         buffers: dict[str, Tensor],
@@ -231,24 +230,36 @@ class Shards(list[Callable[[], Tensor]]):
         """That in a call for each shard, whose perturbed weights live no longer than its passes."""
         parts = zip(self.inputs.split(self.sizes), self.targets.split(self.sizes), strict=True)
         weights = [(w.detach(), e) for w, e in zip(parameters, eps, strict=True)]
-        loss_at = _compiled(_loss_at, self.model, self.compile) if self.compile else _loss_at
+        running = [(self.model.get_buffer(name), of_shards) for name, of_shards in buffers.items()]
+        loss_of = _compiled(_loss, self.model, self.compile) if self.compile else _loss
 
         def forward(shard: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor], float]:
-            at = [(w if e is None else _sum_as(w, e[shard])).detach().requires_grad_() for w, e in weights]
-            own = {name: buffer[shard] for name, buffer in buffers.items()}
+            at = [nn.Parameter(w if e is None else _sum_as(w, e[shard])) for w, e in weights]
+            others = dict(zip(parameters, at, strict=True)) | {r: of_shards[shard] for r, of_shards in running}
             # hooks on saved tensors may come back to the model when it has its own weights again
-            with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks("hooks on saved tensors"):
-                state = {**dict(zip(names, at, strict=True)), **own}
-                loss = loss_at(self.model, self.loss_fn, state, inputs, targets)
-            _check_axes(loss, 0)
+            with (
+                torch.enable_grad(),
+                torch.autograd.graph.disable_saved_tensors_hooks("hooks on saved tensors"),
+                substituted(self.model, others),
+                nullcontext() if shard else unchanged(at),
+            ):
+                loss = loss_of(self.model, self.loss_fn, inputs, targets)
+            if loss.numel() != 1:
+                raise InputError(f"loss_fn returned {loss.ndim} axes: let it return the mean over the examples")
+            if not shard:
+                check_graph(loss, custom=self._is_own_choice and not self.compile)
             return loss, at, shares[shard]
 
-        found = self._run([partial(forward, shard, *part) for shard, part in enumerate(parts)], _backward)
+        def backward(forward: tuple[Tensor, list[Tensor], float]) -> tuple[Tensor, Gradients]:
+            loss, at, share = forward
+            return loss.detach().squeeze(), gradients(loss, at, list(parameters), torch.full_like(loss, share))
+
+        found = self._run([partial(forward, shard, *part) for shard, part in enumerate(parts)], backward)
         losses, grads = zip(*found, strict=True)
         return torch.stack(losses), [_filled(of_w) for of_w in zip(*grads, strict=True)]
 
     def _run(self, forwards: Sequence[Forward], backward: Callable[..., Any]) -> list[tuple[Tensor, Gradients]]:
-        if self.passes == OVERLAPPED:
+        if self.passes == OVERLAPPED and not obstacle_to_threads():  # there was none when this was made
             return overlapped(forwards, backward, at_half=bool(self.compile))
         return [backward(forward()) for forward in forwards]
 
@@ -274,18 +285,19 @@ class Shards(list[Callable[[], Tensor]]):
         return _obstacle_to_compile() if self.compile else None
 
     def _obstacle_to_overlap(self) -> str | None:
-        if self.inputs.device.type != "cpu":
-            return f"the inputs are on {self.inputs.device}, and it is for a CPU: take another choice"
-        if any(layer._backward_hooks or layer._backward_pre_hooks for layer in self.model.modules()):
-            return "the model has backward hooks, which would run in another thread: take them off"
+        device = next((t.device for t in (self.inputs, *self.model.parameters()) if t.device.type != "cpu"), None)
+        if device is not None:
+            return f"a tensor is on {device}, and it is for a CPU: take another choice"
+        if _has_backward_hooks(self.model):
+            return "there are backward hooks on layers, which would run in another thread: take them off"
         return obstacle_to_threads()
 
     def _by_speed(self) -> Iterator[str]:
         size, num_shards = sum(w.numel() for w in self.model.parameters()), len(self.sizes)
-        if self.model not in _sequential_only:
+        if self.model not in _sequential_only and num_shards * size <= MAX_COPIED:
             if num_shards >= MIN_SHARDS and size <= FEW_PARAMETERS:
                 yield VMAP
-            if num_shards > 1 and num_shards * size <= MAX_COPIED:
+            if num_shards > 1:
                 yield OVERLAPPED
             if num_shards >= MIN_SHARDS and size <= MAX_PARAMETERS:
                 yield VMAP
@@ -322,10 +334,6 @@ def _loss(model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Tensor)
     return loss_fn(model(inputs), targets)
 
 
-def _loss_at(model: nn.Module, loss_fn: LossFunction, state: dict[str, Tensor], inputs: Any, targets: Tensor) -> Tensor:
-    return loss_fn(functional_call(model, state, (inputs,)), targets)
-
-
 def _sizes(batch: int, num_targets: int, num_shards: int | None, shard_size: int | None) -> list[int]:
     if batch != num_targets:
         raise InputError(f"inputs has {batch} examples and targets {num_targets}: give one target per example")
@@ -347,26 +355,6 @@ def _sizes(batch: int, num_targets: int, num_shards: int | None, shard_size: int
 # --------------------------------------------------------------------------------------------- the passes over shards
 
 
-def _backward(forward: tuple[Tensor, list[Tensor], float]) -> tuple[Tensor, Gradients]:
-    loss, leaves, share = forward
-    grads = torch.autograd.grad(loss, leaves, torch.full_like(loss, share), allow_unused=True)
-    if any(g is None for g in grads) and "CheckpointFunctionBackward" in _names_of_nodes(loss):
-        # it holds no reference to the weights, but would compute with the model's own
-        raise RuntimeError("a checkpoint with use_reentrant=True hides weights from torch.autograd.grad")
-    return loss.detach(), grads
-
-
-def _names_of_nodes(loss: Tensor) -> set[str]:
-    """Of the graph of operations that autograd has recorded."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [other for other, _ in node.next_functions]
-    return {node.name() for node in seen}
-
-
 def _filled(grads: Sequence[Tensor | None]) -> list[Tensor] | None:
     """None if all of them are; one that is None among others is 0."""
     like = next((g for g in grads if g is not None), None)
@@ -385,29 +373,28 @@ def _sum(grads: OfShards) -> Tensor:
 def _differentiated(
     model: nn.Module,
     loss_fn: LossFunction,
-    weights: dict[str, Tensor],
+    names: Sequence[tuple[str, ...]],
+    weights: list[Tensor],
+    own: list[Tensor],
     buffers: dict[str, Tensor],
     inputs: Tensor,
     targets: Tensor,
     factors: Tensor,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The shards' losses, (num_shards,), and the gradients of their sum times `factors` by `weights`. Every tensor has
-    an axis of shards in front; changes `buffers` in place as a forward pass of the model would."""
+) -> tuple[Tensor, Gradients]:
+    """The shards' losses, (num_shards,), and the gradients of their sum times `factors` by `weights`, which stand in
+    for the model's `own`. All other tensors have an axis of shards in front; changes `buffers` in place as a forward
+    pass of the model would."""
 
-    def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return _loss_at(model, loss_fn, {**weights, **buffers}, inputs, targets)
+    def loss(weights: list[Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        state = {name: w for of_w, w in zip(names, weights, strict=True) for name in of_w}
+        return loss_fn(functional_call(model, {**state, **buffers}, (inputs,), tie_weights=False), targets)
 
-    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    leaves = [w.detach().requires_grad_() for w in weights]
     with torch.enable_grad():
         losses = vmap(loss, randomness="different")(leaves, buffers, inputs, targets)
-        _check_axes(losses, 1)
-        grads = torch.autograd.grad(losses, list(leaves.values()), factors.to(losses.dtype), allow_unused=True)
-    return losses.detach(), grads
-
-
-def _check_axes(losses: Tensor, of_shards: int) -> None:
-    if losses.ndim != of_shards:
-        raise InputError(f"loss_fn returned {losses.ndim - of_shards} axes: let it return the mean over the examples")
+        if losses.ndim != 1:
+            raise InputError(f"loss_fn returned {losses.ndim - 1} axes: let it return the mean over the examples")
+        return losses.detach(), gradients(losses, leaves, own, factors.to(losses.dtype))
 
 
 class _ChannelsSideBySide(TorchFunctionMode):
@@ -498,6 +485,15 @@ _sequential_only: WeakSet[nn.Module] = WeakSet()  # other passes have failed at 
 _kept: WeakKeyDictionary[nn.Module, dict[tuple[FunctionType, bool | str], Callable[..., Any]]] = WeakKeyDictionary()
 
 
+def _places(model: nn.Module) -> dict[Tensor, list[str]]:
+    """The names of each parameter, one for each module that holds it."""
+    found: dict[Tensor, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            found.setdefault(parameter, []).append(name)
+    return found
+
+
 def _perturbed(w: Tensor, eps: OfShards | None, num_shards: int) -> Tensor:
     """(num_shards, *shape)"""
     if eps is None:
@@ -524,7 +520,7 @@ def _advised(passes: str) -> Iterator[None]:
 
 
 class _Running:
-    """The running means and variances of a model's batch-norm layers during the vectorised passes.
+    """The running means and variances of a model's batch-norm layers during passes that are not the closures.
 
     In the loop each forward pass takes r to keep r + step, with keep = 1 - momentum and step = momentum x (statistic of
     the shard). A pass that starts at zero instead of r leaves the step itself, also where it calls a layer more than
@@ -571,12 +567,13 @@ class _Running:
         torch._foreach_copy_(self._means_and_variances(), self.path[-1].split(self._widths()))
 
     def _keep(self, buffers: dict[str, Tensor]) -> Tensor:
-        """(1 - momentum) to the power of the calls in one shard, for each entry of a row."""
-        rows = []
+        """(1 - momentum) to the power of the calls in a shard, for each entry of a row and a row for each shard."""
+        columns = []
         for name, layer in self.layers.items():
-            calls = buffers[name + "num_batches_tracked"][0]
-            rows += [torch.full_like(r, 1 - layer.momentum) ** calls for r in (layer.running_mean, layer.running_var)]
-        return torch.cat(rows)
+            calls = buffers[name + "num_batches_tracked"].unsqueeze(1)
+            of_layer = (layer.running_mean, layer.running_var)
+            columns += [torch.full_like(r, 1 - layer.momentum) ** calls for r in of_layer]
+        return torch.cat(columns, 1)
 
     def _means_and_variances(self) -> list[Tensor]:
         return [r for layer in self.layers.values() for r in (layer.running_mean, layer.running_var)]
@@ -589,10 +586,10 @@ class _Running:
 
 
 def _path(start: Tensor, keep: Tensor, steps: Tensor) -> Tensor:
-    """r_s = keep r_(s-1) + step_s, a row for every shard s."""
+    """r_s = keep_s r_(s-1) + step_s, a row for every shard s."""
     rows = []
-    for step in steps:
-        start = torch.addcmul(step, keep, start)
+    for one, step in zip(keep, steps, strict=True):
+        start = torch.addcmul(step, one, start)
         rows.append(start)
     return torch.stack(rows)
 
@@ -610,7 +607,7 @@ def _tracking(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
 def _obstacle(opt: Optimizer, model: nn.Module) -> str | None:
     """Why shards cannot have weights of their own, and what to do; None if they can."""
     if hasattr(model, "_orig_mod"):
-        return "the model is compiled: pass the module itself, with compile=True for vmap"
+        return "the model is compiled: pass the module itself, and compile=True"
     if getattr(opt, "second_order", False) or getattr(opt, "inner_steps", 1) > 1:
         return "the optimiser has second_order or inner_steps > 1: leave them out"
     own = set(model.parameters())
@@ -621,6 +618,11 @@ def _obstacle(opt: Optimizer, model: nn.Module) -> str | None:
     return next(filter(None, map(_obstacle_in, model.modules())), None)
 
 
+def _has_backward_hooks(model: nn.Module) -> bool:
+    of_all = nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks
+    return bool(of_all) or any(layer._backward_hooks or layer._backward_pre_hooks for layer in model.modules())
+
+
 def _obstacle_to_compile() -> str | None:
     if hasattr(torch._dynamo.config, "trace_autograd_ops") and TorchVersion(torch.__version__) >= COMPILES_AUTOGRAD:
         return None
@@ -629,13 +631,14 @@ def _obstacle_to_compile() -> str | None:
 
 def _obstacle_in(module: nn.Module) -> str | None:
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        return "the model is wrapped in DistributedDataParallel, which vmap would bypass: pass the bare module"
+        return "the model is wrapped in DistributedDataParallel, which they would bypass: pass the bare module"
     if isinstance(module, nn.RNNBase):
-        return f"vmap has no rule for {type(module).__name__}: take another layer"
+        return f"{type(module).__name__} keeps its weights where no others can stand in for them: take another layer"
     if not isinstance(module, _NormBase) or not module.training or not module.track_running_stats:
         return None
-    if isinstance(module, nn.SyncBatchNorm) or not isinstance(module, _BatchNorm):
-        return f"vmap cannot keep the running statistics of {type(module).__name__}: take another layer"
+    # a forward pass of its own may read the running statistics, in whose places there are zeros
+    if not isinstance(module, _BatchNorm) or type(module).forward is not _BatchNorm.forward:
+        return f"they cannot keep the running statistics of {type(module).__name__}: take another layer"
     if module.momentum is None:
         return "a batch-norm layer has momentum=None: give it a number"
     return None

@@ -1,13 +1,17 @@
 """Backward passes on a second thread: order, threads, what is left behind when something fails."""
 
+import gc
 import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from samlib.overlap import obstacle, overlapped
+from samlib.overlap import MAX_WAITING, obstacle, overlapped
 
 WAIT = 60  # seconds, after which a test fails instead of hanging
 
@@ -27,14 +31,35 @@ def test_results_come_in_the_order_of_the_forwards():
 
 
 def test_a_backward_runs_while_the_next_forward_does():
-    next_forward = threading.Event()
+    both = threading.Barrier(2)
 
     def forward(index):
         if index == 1:
-            next_forward.set()
+            both.wait(WAIT)
         return index
 
-    assert overlapped([partial(forward, index) for index in range(2)], lambda _: next_forward.wait(WAIT)) == [True] * 2
+    def backward(index):
+        if index == 0:
+            both.wait(WAIT)
+        return index
+
+    assert overlapped([partial(forward, index) for index in range(2)], backward) == [0, 1]
+
+
+def test_few_forwards_wait_for_their_backward():
+    alive, most = set(), []
+
+    def forward(index):
+        alive.add(index)
+        most.append(len(alive))
+        return index
+
+    def backward(index):
+        time.sleep(0.005)
+        alive.remove(index)
+
+    overlapped([partial(forward, index) for index in range(20)], backward)
+    assert max(most) <= MAX_WAITING + 2  # those that wait, the new one and one that a thread works on
 
 
 def test_forwards_stay_in_the_calling_thread_and_backwards_are_in_both():
@@ -74,7 +99,7 @@ def test_a_thread_made_later_has_the_number_of_threads_it_always_had():
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_an_exception_reaches_the_caller_and_nothing_runs_on(where, error):
-    running = threading.Semaphore(0)
+    finished = []
 
     def fail(index, *, here):
         if here and index == 2:
@@ -82,16 +107,74 @@ def test_an_exception_reaches_the_caller_and_nothing_runs_on(where, error):
         return index
 
     def backward(index):
-        result = fail(index, here=where == "backward")
-        running.release()
-        return result
+        fail(index, here=where == "backward")
+        time.sleep(0.01)
+        finished.append(index)
 
     with pytest.raises(error, match="of the third"):
         overlapped([partial(fail, index, here=where == "forward") for index in range(6)], backward)
-    finished = running._value
-    assert overlapped([int], lambda _: None) == [None]  # the helper has come to an end before this
-    assert running._value == finished
-    assert finished <= 5
+    then = list(finished)
+    time.sleep(0.05)
+    assert finished == then
+    assert 2 not in finished
+    assert overlapped([int], lambda _: 1) == [1]
+
+
+def test_an_exception_of_a_backward_keeps_nothing_alive():
+    class Graph:
+        pass
+
+    graphs = []
+
+    def forward():
+        graph = Graph()
+        graphs.append(weakref.ref(graph))
+        return graph
+
+    def backward(graph):
+        raise ZeroDivisionError
+
+    gc.disable()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            overlapped([forward] * 4, backward)
+        assert not any(graph() for graph in graphs)
+    finally:
+        gc.enable()
+
+
+def test_a_key_error_and_an_index_error_of_a_backward_are_raised():
+    for error in (IndexError, KeyError, RuntimeError):
+        with pytest.raises(error):
+            overlapped([int] * 3, partial(raises, error))
+
+
+def raises(error, _):
+    raise error
+
+
+def test_two_callers_at_once():
+    found, both = {}, threading.Barrier(2)
+
+    def call(name):
+        torch.get_num_threads()  # before it is half
+        both.wait(WAIT)
+        found[name] = overlapped([partial(int, index) for index in range(30)], lambda made: (name, made))
+
+    callers = [threading.Thread(target=call, args=(name,)) for name in "ab"]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(WAIT)
+    assert found == {name: [(name, index) for index in range(30)] for name in "ab"}
+
+
+def test_without_a_second_thread_all_is_done_in_the_calling_one(monkeypatch):
+    ended = ThreadPoolExecutor(1)
+    ended.shutdown()
+    monkeypatch.setattr("samlib.overlap._helper", lambda *_: ended)
+    found = overlapped([int] * 4, lambda _: threading.get_ident())
+    assert found == [threading.get_ident()] * 4
 
 
 def test_what_stands_against_it():

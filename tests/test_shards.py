@@ -66,13 +66,19 @@ def assert_close(found, expected, tolerance=1e-12):
 
 @contextmanager
 def threads(number):
-    """The tests run with one thread, where nothing can overlap."""
+    """With one, nothing can overlap."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threads(1):
+        yield
 
 
 @pytest.fixture(params=["vmap", "overlapped"])
@@ -187,7 +193,7 @@ def test_a_finished_step_keeps_no_batch_alive(passes):
     kept = weakref.ref(inputs)
     gc.disable()  # a cycle would wait for the collector, and a GPU's memory with it
     try:
-        opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2))
+        opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2, passes="sequential"))
         opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2, passes=passes))
         del inputs
         assert kept() is None
@@ -314,7 +320,7 @@ def test_batch_norm_as_the_whole_model(passes):
     model = nn.BatchNorm1d(3).double()
     twin = copy.deepcopy(model)
     opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
-    opt.step(Shards(opt, model, functional.mse_loss, x, y, num_shards=2))
+    opt.step(Shards(opt, model, functional.mse_loss, x, y, num_shards=2, passes="sequential"))
     other.step(Shards(other, twin, functional.mse_loss, x, y, num_shards=2, passes=passes))
     assert_close(states(twin), states(model))
 
@@ -341,7 +347,7 @@ def test_identical_shards_are_sam(passes):
     opt, sam = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, expected))
     shards = Shards(opt, model, loss_fn, x.repeat(4, 1, 1, 1), y.repeat(4), num_shards=4, passes=passes)
     opt.step(shards)
-    sam.step(Shards(sam, expected, loss_fn, x, y, num_shards=1))
+    sam.step(Shards(sam, expected, loss_fn, x, y, num_shards=1, passes="sequential"))
     assert_close(list(model.parameters()), list(expected.parameters()))
 
 
@@ -385,7 +391,7 @@ def test_a_tensor_that_is_not_perturbed_and_tied_tensors(passes):
         return SAM([{"params": rest}, {"params": one.c.parameters(), "rho": 0.0}], SGD, rho=0.2, lr=0.1)
 
     opt, other = made(model), made(twin)
-    opt.step(Shards(opt, model, functional.mse_loss, x, y, num_shards=3))
+    opt.step(Shards(opt, model, functional.mse_loss, x, y, num_shards=3, passes="sequential"))
     shards = Shards(other, twin, functional.mse_loss, x, y, num_shards=3, passes=passes)
     perturbed, still = ([*group["params"]] for group in other.param_groups)
     _, grads = shards.gradients_at_w(perturbed)
@@ -401,7 +407,8 @@ def test_channels_last_and_a_loss_that_is_a_module(passes):
     opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
     last = inputs.to(memory_format=torch.channels_last)
     loss = opt.step(Shards(opt, model, nn.CrossEntropyLoss(), last, targets, num_shards=4, passes=passes))
-    expected = other.step(Shards(other, twin, functional.cross_entropy, inputs, targets, num_shards=4))
+    in_turn = Shards(other, twin, functional.cross_entropy, inputs, targets, num_shards=4, passes="sequential")
+    expected = other.step(in_turn)
     assert_close((loss, states(model)), (expected, states(twin)))
 
 
@@ -409,7 +416,7 @@ def test_bfloat16_weights_are_perturbed_as_in_place(passes):
     model, twin = (network("none", torch.bfloat16) for _ in range(2))
     inputs, targets = batch(dtype=torch.bfloat16)
     opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
-    opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2))
+    opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2, passes="sequential"))
     other.step(Shards(other, twin, loss_fn, inputs, targets, num_shards=2, passes=passes))
     grads = [[w.grad.float() for w in one.parameters()] for one in (twin, model)]
     torch.testing.assert_close(*grads, rtol=0.05, atol=2e-3)
@@ -628,6 +635,222 @@ def test_passes_that_fail_give_way_to_the_closures_with_one_warning(reentrant, n
     assert caught.value.__notes__ == [f"This came from passes='{named}' of Shards: passes='sequential' does without."]
 
 
+def both_ways(model, inputs, targets, passes, loss_of=lambda model: loss_fn, steps=3, **options):
+    """(states, warnings) after steps of the closures, and after steps of `passes`; None: of what is chosen."""
+    found = []
+    for way in ("sequential", passes):
+        one = copy.deepcopy(model)
+        opt = SAM(one.parameters(), SGD, rho=0.2, lr=0.1, momentum=0.9)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                opt.step(Shards(opt, one, loss_of(one), inputs, targets, num_shards=4, passes=way, **options))
+        assert [name for name, _ in one.named_parameters()] == [name for name, _ in model.named_parameters()]
+        found.append((states(one), [str(one.message) for one in said]))
+    return found
+
+
+class Shared(nn.Module):
+    """One layer with two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(75, 75)
+        self.features = nn.Sequential(self.linear, nn.Tanh(), self.linear, nn.BatchNorm1d(75))
+        self.head = nn.Linear(75, 3)
+
+    def forward(self, x):
+        return self.head(self.features(self.linear(x.flatten(1))))
+
+
+class Listed(nn.Module):
+    """A weight that a list holds, too, and that is taken from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(75, 6) / 8), nn.Linear(6, 3)
+        self.weights = [self.weight]
+
+    def forward(self, x):
+        return self.head(torch.tanh(x.flatten(1) @ self.weights[0]))
+
+    def __deepcopy__(self, memo):
+        new = Listed().double()
+        new.load_state_dict(self.state_dict())
+        return new
+
+
+def test_a_layer_with_two_names(passes):
+    torch.manual_seed(0)
+    (expected, _), (found, _) = both_ways(Shared().double(), *batch(), passes)
+    assert_close(found, expected)
+
+
+def penalised(model):
+    def loss(outputs, targets):
+        return loss_fn(outputs, targets) + 0.1 * sum(w.square().sum() for w in model.parameters())
+
+    return loss
+
+
+def headless(model):
+    return lambda outputs, targets: loss_fn(model.linear(outputs.repeat(1, 25))[:, :3], targets)
+
+
+@pytest.mark.parametrize("loss_of", [penalised, headless])
+def test_overlapped_losses_may_use_the_weights(loss_of):
+    torch.manual_seed(0)
+    with threads(2):
+        (expected, _), (found, _) = both_ways(Shared().double(), *batch(), "overlapped", loss_of)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("loss_of", [penalised, headless])
+def test_under_vmap_losses_that_use_the_weights_are_refused(loss_of):
+    model = Shared().double()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    with pytest.raises(RuntimeError, match="by other ways than its modules"):
+        opt.step(Shards(opt, model, loss_of(model), *batch(), num_shards=4, passes="vmap"))
+
+
+def test_weights_that_nothing_can_stand_in_for_are_noticed(passes):
+    torch.manual_seed(0)
+    model = Listed().double()
+    with pytest.raises(RuntimeError, match="by other ways than its modules"):
+        both_ways(model, *batch(), passes)
+    with threads(2):
+        (expected, _), (found, said) = both_ways(model, *batch(), None)
+    assert_close(found, expected)
+    assert [message.split(": ")[1] for message in said] == [
+        "the loss reaches weights of the model by other ways than its modules"
+    ]
+
+
+class Sometimes(nn.Module):
+    """A block that only some inputs enter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(75, 6), nn.BatchNorm1d(6, momentum=0.3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        return self.last(self.norm(x) if x.sum() > 0 else x)
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "update", "eval"])
+def test_batch_norm_that_only_some_shards_reach(statistics):
+    torch.manual_seed(0)
+    model = Sometimes().double()
+    with threads(2):
+        (expected, _), (found, _) = both_ways(model, *batch(), "overlapped", statistics=statistics)
+    assert 0 < expected["norm.num_batches_tracked"] < (24 if statistics == "update" else 12)
+    assert_close(found, expected)
+
+
+class MaxNorm(nn.Linear):
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.5)
+        return super().forward(x)
+
+
+class Doubled(torch.autograd.Function):
+    """Twice the linear layer's output, whose own backward pass adds to the gradients of the layer."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer, ctx.x = layer, x.detach()
+        return 2 * layer(x)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x = ctx.x.requires_grad_()
+        with torch.enable_grad():
+            (2 * ctx.layer(x)).backward(grad_output)
+        return x.grad, None
+
+
+class Reversible(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(75, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return Doubled.apply(self.first(x.flatten(1)), self.second)
+
+
+STATEFUL = {  # models that change something in a pass, and what is said of them
+    "max norm": (lambda: nn.Sequential(nn.Flatten(), MaxNorm(75, 3)), "a pass changes a tensor of shape"),
+    "spectral norm": (
+        lambda: nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(75, 3))),
+        "a pass changes a tensor of shape",
+    ),
+    "input": (lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(75, 3)), "a pass changes a tensor"),
+    "reversible": (Reversible, "a pass changes a tensor of shape"),
+}
+
+
+@pytest.mark.parametrize("make, said", STATEFUL.values(), ids=STATEFUL)
+def test_passes_that_change_the_model_or_the_inputs_are_noticed(make, said):
+    torch.manual_seed(0)
+    model, inputs, targets = make().double(), *batch()
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    with threads(2):
+        with pytest.raises(RuntimeError, match=said):
+            opt.step(Shards(opt, model, loss_fn, inputs.clone(), targets, num_shards=4, passes="overlapped"))
+        with pytest.warns(UserWarning, match="the shards go on one after the other"):
+            opt.step(Shards(opt, model, loss_fn, inputs.clone(), targets, num_shards=4))
+        assert Shards(opt, model, loss_fn, inputs, targets, num_shards=4).passes == "sequential"
+
+
+def test_backward_passes_in_python_are_overlapped_only_by_name():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(75, 3)
+
+        def forward(self, x):
+            return Slow.apply(self.linear(x.flatten(1)), 0)
+
+    with threads(2):
+        (expected, _), (found, said) = both_ways(Net().double(), *batch(), "overlapped", steps=1)
+        assert_close(found, expected)
+        assert not said
+        (expected, _), (found, said) = both_ways(Net().double(), *batch(), None)
+    assert_close(found, expected)
+    assert "SlowBackward may use the model in its backward pass" in said[0]
+    assert len(said) == 1
+
+
+def test_a_sparse_gradient_is_refused_whatever_is_chosen():
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2))
+    opt = SAM(model.parameters(), SGD, lr=0.1)
+    inputs, targets = torch.randint(5, (8, 2)), torch.randint(2, (8,))
+    for given in (None, "overlapped", "sequential"):
+        with threads(2), pytest.raises(InputError, match="a gradient is sparse"):
+            opt.step(Shards(opt, model, loss_fn, inputs, targets, num_shards=2, passes=given))
+
+
+def test_weights_that_the_optimiser_does_not_train_are_left_alone(passes):
+    found = []
+    for way in ("sequential", passes):
+        model = network()
+        opt = SAM(model[-1].parameters(), SGD, rho=0.1, lr=0.1)
+        opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4, passes=way))
+        found.append(states(model))
+    assert_close(*found)
+
+
+def test_fewer_threads_at_the_step_than_before_are_no_error():
+    model, twin = network(), network()
+    opt, other = (SAM(one.parameters(), SGD, rho=0.1, lr=0.1) for one in (model, twin))
+    opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4, passes="sequential"))
+    with threads(2):
+        shards = Shards(other, twin, loss_fn, *batch(), num_shards=4, passes="overlapped")
+    other.step(shards)
+    assert_close(states(twin), states(model))
+
+
 def test_hooks_on_saved_tensors_around_a_step_take_the_closures():
     model = network()
     opt = SAM(model.parameters(), SGD, lr=0.1)
@@ -636,6 +859,14 @@ def test_hooks_on_saved_tensors_around_a_step_take_the_closures():
     with threads(2), hooks, pytest.warns(UserWarning, match="hooks on saved tensors"):
         opt.step(Shards(opt, model, loss_fn, *batch(), num_shards=4))
     assert saved
+
+
+def test_a_loss_with_one_axis_of_one_entry_is_taken():
+    model = network()
+    with threads(2):
+        (expected, _), (found, said) = both_ways(model, *batch(), None, lambda _: lambda *given: loss_fn(*given)[None])
+    assert_close(found, expected)
+    assert not said
 
 
 def test_an_error_of_the_model_comes_out_of_the_closures():
@@ -755,7 +986,7 @@ class Large(nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, device="meta"))
+        self.weight = nn.Parameter(torch.zeros(1).expand(size))
 
 
 CHOICES = [  # parameters, shards of a batch of 12, the choice with one thread, with two
@@ -798,12 +1029,18 @@ def test_what_cannot_overlap():
         assert overlaps(model).passes == "overlapped"
         hooked = network("none", torch.float32)
         hooked[0].register_full_backward_hook(lambda *_: None)
-        with pytest.raises(InputError, match="backward hooks, which would run in another thread"):
+        with pytest.raises(InputError, match="backward hooks on layers, which would run in another thread"):
             overlaps(hooked)
         assert made(hooked, num_shards=2).passes == "sequential"
         inputs, targets = (t.to("meta") for t in batch())
-        with pytest.raises(InputError, match="the inputs are on meta"):
+        with pytest.raises(InputError, match="a tensor is on meta"):
             Shards(SGD(model.parameters()), model, loss_fn, inputs, targets, num_shards=2, passes="overlapped")
+        with pytest.raises(InputError, match="a tensor is on meta"):
+            overlaps(network("none", torch.float32).to("meta"))
+        handle = nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+        assert made(model, num_shards=2).passes == "sequential"
+        handle.remove()
+        assert made(model, num_shards=2).passes == "overlapped"
 
 
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -824,6 +1061,11 @@ def test_a_scaler_is_refused():
         opt.step(made(model, opt, num_shards=2), scaler=torch.amp.GradScaler("cpu"))
 
 
+class Renorm(nn.BatchNorm1d):
+    def forward(self, x):
+        return (x - self.running_mean[:, None]) / self.running_var[:, None].sqrt()
+
+
 def with_layer(layer):
     return nn.Sequential(nn.Flatten(2), layer)
 
@@ -833,11 +1075,12 @@ def with_layer(layer):
     [
         (with_layer(nn.BatchNorm1d(3, momentum=None)), "momentum=None"),
         (with_layer(nn.SyncBatchNorm(3)), "SyncBatchNorm"),
+        (with_layer(Renorm(3)), "Renorm"),
         (with_layer(nn.InstanceNorm1d(3, affine=True, track_running_stats=True)), "InstanceNorm1d"),
         (with_layer(nn.GRU(25, 3)), "GRU"),
         (torch.compile(network("none", torch.float32), backend="eager"), "compiled"),
     ],
-    ids=["cumulative", "sync", "instance", "recurrent", "compiled"],
+    ids=["cumulative", "sync", "own forward", "instance", "recurrent", "compiled"],
 )
 def test_models_whose_shards_cannot_have_weights_of_their_own(model, reason, passes):
     assert made(model, num_shards=12).passes == "sequential"
