@@ -323,13 +323,13 @@ def _sorted(members: Sequence[Member]) -> tuple[list[list[Member]], list[Member]
     """The members of each bucket, and those that stay by themselves."""
     together: dict[tuple, list[Member]] = {}
     alone = []
-    overlapping = _overlapping([member.tensor for member in members])
+    shared = overlapping([member.tensor for member in members])
     for member in members:
         tensor = member.tensor
         # an empty tensor of the same strides: neither gaps nor overlaps within it
         like = torch.empty_like(tensor, device="meta")
         dense = tensor.dim() > 0 and tensor.numel() > 0 and like.stride() == tensor.stride()
-        if tensor.requires_grad and dense and tensor not in overlapping:
+        if tensor.requires_grad and dense and tensor not in shared:
             key = (id(member.group), tensor.dtype, tensor.device, member.perturbed, member.scaled)
             together.setdefault(key, []).append(member)
         else:
@@ -337,7 +337,7 @@ def _sorted(members: Sequence[Member]) -> tuple[list[list[Member]], list[Member]
     return list(together.values()), alone
 
 
-def _overlapping(tensors: Sequence[Tensor]) -> set[Tensor]:
+def overlapping(tensors: Sequence[Tensor]) -> set[Tensor]:
     """Those that share memory with another."""
     found, last, end = set(), None, 0
     for tensor in sorted(tensors, key=Tensor.data_ptr):

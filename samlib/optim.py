@@ -399,7 +399,7 @@ class SAM(Optimizer):
     @property
     def at_perturbed_point(self) -> bool:
         """True while the weights are perturbed: in a closure, in a pass at a point other than w."""
-        return self._now.saved is not None
+        return self._now.saved is not None or self._now.has_perturbed_shards
 
     @property
     def in_second_pass(self) -> bool:
@@ -560,7 +560,13 @@ class SAM(Optimizer):
                 raise _NotFiniteError(loss)
             eps.append(stretch(u, scale, rho))
         of_all = dict(zip(weights, zip(*eps, strict=True), strict=True))
-        means = shards.mean_gradients(trained, [of_all.get(w) for w in trained], shares)
+        self._now.has_perturbed_shards = True
+        try:
+            means = shards.mean_gradients(trained, [of_all.get(w) for w in trained], shares)
+        finally:
+            self._now.has_perturbed_shards = False
+        if means is None:
+            return None
         for w, mean in zip(trained, means, strict=True):
             # with the strides of w, as autograd makes them: fused kernels go by memory, and vmap loses channels_last
             w.grad = mean if mean is None or mean.stride() == w.stride() else torch.empty_like(w).copy_(mean)
@@ -1106,6 +1112,7 @@ class _Now:
     saved: _Saved | None = None  # while the weights are perturbed
     is_first_pass: bool = True  # in `step`
     scaler: torch.amp.GradScaler | None = None  # in `step`
+    has_perturbed_shards: bool = False  # while shards have weights of their own, at w + eps
     first_step_was_finite: bool | None = None  # between first_step and second_step
     poison: ExitStack | None = None  # likewise
     norms: list[Tensor] = field(default_factory=list)  # of this step's ascents, as far as they were not read

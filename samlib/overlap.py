@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from typing import TypeVar
 
@@ -48,7 +48,9 @@ def overlapped(
             index, made = waiting.popleft()
         except IndexError:  # the other thread was here before
             return
-        with torch.autocast("cpu", enabled=False):  # which a new thread has not, and so neither has the calling one
+        # the second thread has no autocast, and so neither has this one; to leave it there would clear the cache of all
+        autocasts = torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=False) if autocasts else nullcontext():
             done[index] = backward(made)
 
     calls: list[Future[None]] = []
@@ -85,12 +87,17 @@ def obstacle() -> str | None:
     threads = torch.get_num_threads()
     if threads % 2:
         return f"torch's number of threads, {threads}, has no half: choose another with torch.set_num_threads"
-    if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
+    if not _has_openmp():
         return "this build of torch has one number of threads for all of Python's: take one with OpenMP"
     mode = _get_current_dispatch_mode()
     if mode is not None:
         return f"{type(mode).__name__} would see the calling thread alone: take it off"
     return None
+
+
+@cache
+def _has_openmp() -> bool:
+    return "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
 
 
 @cache

@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import FunctionType
 from typing import Any
 from warnings import warn
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,10 @@ from torch.torch_version import TorchVersion
 
 from samlib.batchnorm import second_pass
 from samlib.errors import InputError
+from samlib.flat import overlapping
 from samlib.overlap import obstacle as obstacle_to_threads
 from samlib.overlap import overlapped
-from samlib.substitute import check_graph, gradients, substituted, unchanged
+from samlib.substitute import Places, check_graph, gradients, unchanged
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 Forward = Callable[[], tuple[Tensor, list[Tensor], float]]
@@ -92,12 +93,13 @@ class Shards(list[Callable[[], Tensor]]):
             layers.
 
     Dropout draws a mask per example in all three; the draws differ between them, and only the closures can replay them
-    (with `replay_rng` they are taken). Passes other than "sequential" see weights in the places of the model's own, and
-    leave their gradients to the optimiser: they fail where a loss reaches the model's own weights, where a forward pass
-    changes weights, buffers or inputs (spectral norm does) and where activations are checkpointed. Give "sequential"
-    for a model that keeps something else from a forward pass for its own backward pass. Where passes that were not
-    asked for by name fail in their first pass, or find an operation with a backward pass in Python, a warning says so
-    and the model's closures are taken from then on.
+    (with `replay_rng` they are taken). Passes other than "sequential" put weights where the model has its own. They
+    fail where a loss reaches the model's own weights, where a pass changes weights, buffers or inputs (spectral norm
+    does) and where activations are checkpointed. If nobody has asked for them by name, they also do where an operation
+    has a backward pass in Python or where the optimiser does not train all that wants a gradient; a warning then says
+    so, the closures make the step, and those passes are not tried again for the model. State of other kinds (a list, a
+    counter) is changed by all first passes before the second ones, and batch norm that a forward pass itself switches
+    to eval sees the statistics from before the step: give "sequential" for such a model.
 
     Source: behdin2023, equations 4 to 6.
 
@@ -152,23 +154,27 @@ class Shards(list[Callable[[], Tensor]]):
             this model: `passes` is "sequential" from now on.
         """
         self._running = _Running(self.model, len(self))
-        steps = self._running.no_steps()
+        running = self._running.buffers()
         try:
-            losses, grads = self._differentiate(parameters, [None] * len(parameters), steps)
-        except Exception as error:  # whatever it is: if it is the model's, the closures raise it again
-            if not self._is_own_choice:
-                raise
-            warn(f"the shards go on one after the other, since passes={self.passes!r} failed: {error}", stacklevel=6)
-            _sequential_only.add(self.model)
-            self.passes = SEQUENTIAL
-            return None
-        self._running.advance(steps)
+            losses, grads = self._differentiate(parameters, [None] * len(parameters), running)
+        except Exception as error:
+            return self._give_up(error)
+        self._running.advance(running)
         found = zip(parameters, grads, strict=True)
         return losses, [w.new_zeros(len(self), *w.shape) if g is None else g for w, g in found]
 
+    def _give_up(self, error: Exception) -> None:
+        """Whatever it is: if it is the model's, the closures raise it again."""
+        if not self._is_own_choice:
+            raise error
+        warn(f"the shards go on one after the other, since passes={self.passes!r} failed: {error}", stacklevel=7)
+        self._running.put_back()
+        _failed.setdefault(self.model, set()).add(self.passes)
+        self.passes = SEQUENTIAL
+
     def mean_gradients(
         self, parameters: Sequence[Tensor], eps: Sequence[OfShards | None], shares: Sequence[float] | None = None
-    ) -> list[Tensor | None]:
+    ) -> list[Tensor | None] | None:
         """The second pass of every shard, at w + eps_s; comes after `gradients_at_w`. `.grad` stays.
 
         Args:
@@ -179,11 +185,14 @@ class Shards(list[Callable[[], Tensor]]):
 
         Returns:
             The mean over shards of the gradients at w + eps_s, one tensor of the parameter's shape each; None for a
-            parameter that the loss does not reach.
+            parameter that the loss does not reach. None instead of the list as for `gradients_at_w`.
         """
         buffers = self._running.in_second_pass(self.statistics)
-        with second_pass(self.model, self.statistics):
-            _, grads = self._differentiate(parameters, eps, buffers, shares or [1 / len(self)] * len(self))
+        try:
+            with second_pass(self.model, self.statistics):
+                _, grads = self._differentiate(parameters, eps, buffers, shares or [1 / len(self)] * len(self))
+        except Exception as error:
+            return self._give_up(error)
         if self.statistics == "update":
             self._running.advance(buffers)
         return [None if g is None else _sum(g) for g in grads]
@@ -197,10 +206,15 @@ class Shards(list[Callable[[], Tensor]]):
     ) -> tuple[Tensor, Sequence[OfShards | None]]:
         """The losses of all shards, (num_shards,), shard s at w + eps_s, and their gradients, times the shard's share
         if there are shares, as `gradients_at_w` returns them."""
-        of_model = [self.inputs, *self.model.parameters(), *self.model.buffers()]
-        with _advised(self.passes), unchanged(of_model):
+        modules = [one for one in (self.model, self.loss_fn) if isinstance(one, nn.Module)]
+        tried = _tried.setdefault(self.model, set())
+        is_new = self._is_own_choice and self.passes not in tried
+        with _advised(self.passes), unchanged(modules, [self.inputs, self.targets], thoroughly=is_new):
             way = self._differentiate_at_once if self.passes == VMAP else self._differentiate_each
-            return way(parameters, eps, buffers, shares or [1.0] * len(self))
+            found = way(parameters, eps, buffers, shares or [1.0] * len(self))
+        if shares:  # this was the second pass
+            tried.add(self.passes)
+        return found
 
     def _differentiate_at_once(
         self,
@@ -218,7 +232,8 @@ class Shards(list[Callable[[], Tensor]]):
         factors = torch.tensor(shares, dtype=wide, device=parameters[0].device)
         run = _compiled(_differentiated, self.model, self.compile) if self.compile else _differentiated
         with _tracing() if self.compile else _ChannelsSideBySide():
-            return run(self.model, self.loss_fn, names, weights, list(parameters), buffers, inputs, targets, factors)
+            given = weights, list(parameters), buffers, inputs, targets, factors
+            return run(self.model, self.loss_fn, self._is_own_choice, names, *given)
 
     def _differentiate_each(
         self,
@@ -230,28 +245,28 @@ class Shards(list[Callable[[], Tensor]]):
         """That in a call for each shard, whose perturbed weights live no longer than its passes."""
         parts = zip(self.inputs.split(self.sizes), self.targets.split(self.sizes), strict=True)
         weights = [(w.detach(), e) for w, e in zip(parameters, eps, strict=True)]
-        running = [(self.model.get_buffer(name), of_shards) for name, of_shards in buffers.items()]
+        places = Places(self.model, [*parameters, *map(self.model.get_buffer, buffers)])
         loss_of = _compiled(_loss, self.model, self.compile) if self.compile else _loss
 
         def forward(shard: int, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor], float]:
             at = [nn.Parameter(w if e is None else _sum_as(w, e[shard])) for w, e in weights]
-            others = dict(zip(parameters, at, strict=True)) | {r: of_shards[shard] for r, of_shards in running}
+            running = [of_shards[shard] for of_shards in buffers.values()]
             # hooks on saved tensors may come back to the model when it has its own weights again
             with (
                 torch.enable_grad(),
                 torch.autograd.graph.disable_saved_tensors_hooks("hooks on saved tensors"),
-                substituted(self.model, others),
-                nullcontext() if shard else unchanged(at),
+                places.filled([*at, *running]),
+                unchanged([], at),
             ):
                 loss = loss_of(self.model, self.loss_fn, inputs, targets)
+            torch.clear_autocast_cache()  # which keeps the weights alive
             if loss.numel() != 1:
                 raise InputError(f"loss_fn returned {loss.ndim} axes: let it return the mean over the examples")
-            if not shard:
-                check_graph(loss, custom=self._is_own_choice and not self.compile)
+            check_graph(loss, at, strictly=self._is_own_choice)
             return loss, at, shares[shard]
 
-        def backward(forward: tuple[Tensor, list[Tensor], float]) -> tuple[Tensor, Gradients]:
-            loss, at, share = forward
+        def backward(made: tuple[Tensor, list[Tensor], float]) -> tuple[Tensor, Gradients]:
+            loss, at, share = made
             return loss.detach().squeeze(), gradients(loss, at, list(parameters), torch.full_like(loss, share))
 
         found = self._run([partial(forward, shard, *part) for shard, part in enumerate(parts)], backward)
@@ -292,16 +307,17 @@ class Shards(list[Callable[[], Tensor]]):
             return "there are backward hooks on layers, which would run in another thread: take them off"
         return obstacle_to_threads()
 
-    def _by_speed(self) -> Iterator[str]:
+    def _by_speed(self) -> list[str]:
         size, num_shards = sum(w.numel() for w in self.model.parameters()), len(self.sizes)
-        if self.model not in _sequential_only and num_shards * size <= MAX_COPIED:
-            if num_shards >= MIN_SHARDS and size <= FEW_PARAMETERS:
-                yield VMAP
-            if num_shards > 1:
-                yield OVERLAPPED
-            if num_shards >= MIN_SHARDS and size <= MAX_PARAMETERS:
-                yield VMAP
-        yield SEQUENTIAL
+        ways = []
+        if num_shards >= MIN_SHARDS and size <= FEW_PARAMETERS:
+            ways = [VMAP, OVERLAPPED]
+        elif num_shards >= MIN_SHARDS and size <= MAX_PARAMETERS:
+            ways = [OVERLAPPED, VMAP]
+        elif num_shards > 1 and num_shards * size <= MAX_COPIED:
+            ways = [OVERLAPPED]
+        failed = _failed.get(self.model, ())
+        return [*(way for way in ways if way not in failed), SEQUENTIAL]
 
 
 def _closure(
@@ -373,6 +389,7 @@ def _sum(grads: OfShards) -> Tensor:
 def _differentiated(
     model: nn.Module,
     loss_fn: LossFunction,
+    strictly: bool,
     names: Sequence[tuple[str, ...]],
     weights: list[Tensor],
     own: list[Tensor],
@@ -394,6 +411,8 @@ def _differentiated(
         losses = vmap(loss, randomness="different")(leaves, buffers, inputs, targets)
         if losses.ndim != 1:
             raise InputError(f"loss_fn returned {losses.ndim - 1} axes: let it return the mean over the examples")
+        if not torch.compiler.is_compiling():
+            check_graph(losses, leaves, strictly=strictly)
         return losses.detach(), gradients(losses, leaves, own, factors.to(losses.dtype))
 
 
@@ -481,7 +500,8 @@ def _tracing() -> AbstractContextManager:
     return torch._dynamo.config.patch(trace_autograd_ops=True)  # torch 2.15 compiles a call of autograd only with this
 
 
-_sequential_only: WeakSet[nn.Module] = WeakSet()  # other passes have failed at them
+_failed: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # the passes that have failed at a model
+_tried: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # those that have made a whole step
 _kept: WeakKeyDictionary[nn.Module, dict[tuple[FunctionType, bool | str], Callable[..., Any]]] = WeakKeyDictionary()
 
 
@@ -523,9 +543,8 @@ class _Running:
     """The running means and variances of a model's batch-norm layers during passes that are not the closures.
 
     In the loop each forward pass takes r to keep r + step, with keep = 1 - momentum and step = momentum x (statistic of
-    the shard). A pass that starts at zero instead of r leaves the step itself, also where it calls a layer more than
-    once; `num_batches_tracked` then counts the calls. So every shard gets zeros of its own, and the recurrence over
-    shards is made up for afterwards.
+    the shard), or powers of keep where it calls a layer more than once. Here every shard starts from the same r, with
+    buffers of its own; what it adds beyond keep r is its step, and the recurrence over shards comes afterwards.
     """
 
     def __init__(self, model: nn.Module, num_shards: int) -> None:
@@ -533,34 +552,47 @@ class _Running:
         self.num_shards = num_shards
         # one row of all means and variances; path has a row for each shard, the state after it
         self.start = torch.cat(self._means_and_variances()) if self.layers else None
+        self.counts = [layer.num_batches_tracked.clone() for layer in self.layers.values()]
         self.keep: Tensor | None = None
         self.steps: Tensor | None = None
         self.path: Tensor | None = None
 
-    def no_steps(self) -> dict[str, Tensor]:
-        """Buffers for a pass: zeros with an axis of shards in front, by their names in the model."""
-        return {
-            name + buffer: value.new_zeros(self.num_shards, *value.shape)
-            for name, layer in self.layers.items()
-            for buffer, value in layer.named_buffers(recurse=False)
-        }
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers for a pass, with an axis of shards in front, by their names in the model: the statistics of now, or
+        after the shard's first pass, and counts of 0."""
+        if not self.layers:
+            return {}
+        statistics = (columns.clone() for columns in self._before().split(self._widths(), 1))
+        zero = next(iter(self.layers.values())).num_batches_tracked.new_zeros(self.num_shards)
+        counts = {name + "num_batches_tracked": zero.clone() for name in self.layers}
+        return dict(zip(self._names(), statistics, strict=True)) | counts
+
+    def _before(self) -> Tensor:
+        return self.start.expand(self.num_shards, -1) if self.path is None else self.path
+
+    def put_back(self) -> None:
+        """Writes the statistics from before the first pass."""
+        if self.layers:
+            torch._foreach_copy_(self._means_and_variances(), self.start.split(self._widths()))
+            torch._foreach_copy_([layer.num_batches_tracked for layer in self.layers.values()], self.counts)
 
     def in_second_pass(self, statistics: str) -> dict[str, Tensor]:
         """Buffers for the second pass: in the loop, "eval" normalises with what the shard's first pass left."""
         if statistics == "update":
-            return self.no_steps()
+            return self.buffers()
         if statistics == "frozen" or not self.layers:
             return {}
         return dict(zip(self._names(), self.path.split(self._widths(), 1), strict=True))
 
     def advance(self, buffers: dict[str, Tensor]) -> None:
-        """Writes the running statistics that the loop would leave, given what a pass left in `no_steps`. A second call
+        """Writes the running statistics that the loop would leave, given what a pass left in `buffers`. A second call
         counts both passes, each shard's second one right after its first."""
         if not self.layers:
             return
         for name, layer in self.layers.items():
             layer.num_batches_tracked.add_(buffers[name + "num_batches_tracked"].sum())
-        keep, steps = self._keep(buffers), torch.cat([buffers[name] for name in self._names()], 1)
+        keep, after = self._keep(buffers), torch.cat([buffers[name] for name in self._names()], 1)
+        steps = after - keep * self._before()
         if self.steps is not None:
             keep, steps = keep * self.keep, keep * self.steps + steps
         self.keep, self.steps, self.path = keep, steps, _path(self.start, keep, steps)
@@ -606,7 +638,7 @@ def _tracking(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
 
 def _obstacle(opt: Optimizer, model: nn.Module) -> str | None:
     """Why shards cannot have weights of their own, and what to do; None if they can."""
-    if hasattr(model, "_orig_mod"):
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         return "the model is compiled: pass the module itself, and compile=True"
     if getattr(opt, "second_order", False) or getattr(opt, "inner_steps", 1) > 1:
         return "the optimiser has second_order or inner_steps > 1: leave them out"
@@ -615,6 +647,8 @@ def _obstacle(opt: Optimizer, model: nn.Module) -> str | None:
         return "the optimiser trains tensors that are not parameters of model: make one module of both"
     if any(w._backward_hooks or w._post_accumulate_grad_hooks for w in own):
         return "parameters have hooks, which act on the gradients of the closures only: take them off"
+    if overlapping([w for w in own if w.requires_grad and not w.is_meta]):
+        return "two parameters share memory, which would move by both perturbations: make them one parameter"
     return next(filter(None, map(_obstacle_in, model.modules())), None)
 
 

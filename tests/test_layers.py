@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "batchnorm": {"errors", "torch"},
     "overlap": {"torch"},
     "substitute": {"torch"},
-    "shards": {"errors", "batchnorm", "overlap", "substitute", "torch"},
+    "shards": {"errors", "batchnorm", "flat", "overlap", "substitute", "torch"},
     "graph": {"errors", "optim", "perturbation", "shards", "torch"},
     "two_products": {"optim", "torch"},
     "arithmetic": {"errors", "measures", "torch"},
