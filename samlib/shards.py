@@ -563,8 +563,10 @@ class _Running:
         if not self.layers:
             return {}
         statistics = (columns.clone() for columns in self._before().split(self._widths(), 1))
-        zero = next(iter(self.layers.values())).num_batches_tracked.new_zeros(self.num_shards)
-        counts = {name + "num_batches_tracked": zero.clone() for name in self.layers}
+        counts = {
+            name + "num_batches_tracked": layer.num_batches_tracked.new_zeros(self.num_shards)
+            for name, layer in self.layers.items()
+        }
         return dict(zip(self._names(), statistics, strict=True)) | counts
 
     def _before(self) -> Tensor:
