@@ -309,13 +309,11 @@ class Shards(list[Callable[[], Tensor]]):
 
     def _by_speed(self) -> list[str]:
         size, num_shards = sum(w.numel() for w in self.model.parameters()), len(self.sizes)
-        ways = []
-        if num_shards >= MIN_SHARDS and size <= FEW_PARAMETERS:
-            ways = [VMAP, OVERLAPPED]
-        elif num_shards >= MIN_SHARDS and size <= MAX_PARAMETERS:
-            ways = [OVERLAPPED, VMAP]
-        elif num_shards > 1 and num_shards * size <= MAX_COPIED:
-            ways = [OVERLAPPED]
+        if num_shards == 1 or num_shards * size > MAX_COPIED:
+            return [SEQUENTIAL]
+        ways = [OVERLAPPED]
+        if num_shards >= MIN_SHARDS and size <= MAX_PARAMETERS:
+            ways = [VMAP, OVERLAPPED] if size <= FEW_PARAMETERS else [OVERLAPPED, VMAP]
         failed = _failed.get(self.model, ())
         return [*(way for way in ways if way not in failed), SEQUENTIAL]
 

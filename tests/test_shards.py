@@ -1167,6 +1167,12 @@ def test_choice_by_shape_and_threads(size, num_shards, with_one, with_two, compi
         assert made(model, num_shards=num_shards, compile=compiled).passes == with_two
 
 
+def test_copies_for_many_shards_are_not_made_unasked():
+    for number in (1, 2):
+        with threads(number):
+            assert made(Large(450_000), size=600, num_shards=300).passes == "sequential"
+
+
 def test_a_choice_by_name_is_taken():
     for passes in ("sequential", "overlapped", "vmap"):
         with threads(2):
