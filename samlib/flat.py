@@ -49,17 +49,17 @@ class Member(NamedTuple):
     scaled: bool
 
 
-class Places:
+class Addresses:
     """Where tensors lie in memory. A step asks for those of all parameters once and of their gradients four times."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.addresses = list(map(Tensor.data_ptr, tensors))
+        self._addresses = list(map(Tensor.data_ptr, tensors))
         self._indices = list(range(len(tensors)))
 
     def are_those_of(self, tensors: list[Tensor]) -> bool:
         if _are_at is None:
-            return list(map(Tensor.data_ptr, tensors)) == self.addresses
-        return _are_at(tensors, self.addresses, self._indices)
+            return list(map(Tensor.data_ptr, tensors)) == self._addresses
+        return _are_at(tensors, self._addresses, self._indices)
 
 
 class Bucket:
@@ -82,12 +82,12 @@ class Bucket:
         self.flat = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
         self.gradient = torch.zeros(size, dtype=dtype, device=device)
         self._gradient_views = self.views(self.gradient)
-        self._gradient_places = Places(self._gradient_views)
+        self._gradient_addresses = Addresses(self._gradient_views)
         self._handed_out = self.views(self.gradient)  # others may do with these as they like
         self.shown = False  # by the last pass: whether the parameters' gradients are these views
         for tensor, view in zip(tensors, self.views(self.flat.data), strict=True):
             tensor.data = view.copy_(tensor.data)
-        self._places = Places(self.tensors)
+        self._addresses = Addresses(self.tensors)
 
     def views(self, long: Tensor) -> list[Tensor]:
         """The parts of a tensor like `flat` that belong to the parameters, with their shapes and strides."""
@@ -99,7 +99,7 @@ class Bucket:
     def holds(self) -> bool:
         """Whether the parameters still are views of `flat`, all of them trained: a model that was moved or converted
         has new data."""
-        return self._places.are_those_of(self.tensors) and all(map(_is_trained, self.tensors))
+        return self._addresses.are_those_of(self.tensors) and all(map(_is_trained, self.tensors))
 
     def gather(self) -> bool:
         """Brings the parameters' gradients together in `flat.grad`; None if no parameter has one.
@@ -161,10 +161,10 @@ class Bucket:
             return all(tensor.grad is view for tensor, view in zip(self.tensors, self._handed_out, strict=True))
         if not all(map(operator.is_, map(_gradient_of, self.tensors), self._handed_out)):
             return False
-        return self._gradient_places.are_those_of(self._handed_out)  # data may have been exchanged
+        return self._gradient_addresses.are_those_of(self._handed_out)  # data may have been exchanged
 
     def _show(self) -> None:
-        if not self._gradient_places.are_those_of(self._handed_out):
+        if not self._gradient_addresses.are_those_of(self._handed_out):
             self._handed_out = self.views(self.gradient)
         for tensor, view in zip(self.tensors, self._handed_out, strict=True):
             tensor.grad = view

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import samlib.optim
 from samlib.errors import InputError
-from samlib.flat import ALIGNMENT, Places
+from samlib.flat import ALIGNMENT, Addresses
 from samlib.optim import ASAM, SAM, AverageSAM
 
 # Dynamo of torch 2.11 cannot trace the attributes of an optimiser; 2.15 can. Those between were not tried.
@@ -601,18 +601,18 @@ def test_the_data_of_a_gradient_may_be_exchanged(set_to_none):
 
 
 @pytest.mark.parametrize("cpp", [True, False])
-def test_places_are_those_of_tensors_that_have_not_moved(cpp, monkeypatch):
+def test_addresses_are_those_of_tensors_that_have_not_moved(cpp, monkeypatch):
     if not cpp:
         monkeypatch.setattr("samlib.flat._are_at", None)
     tensors = [torch.ones(3), torch.ones(2), torch.ones(0), torch.ones(4)[1:]]
-    places = Places(tensors)
-    assert places.are_those_of(tensors)
-    assert places.are_those_of([t.view_as(t) for t in tensors])
+    addresses = Addresses(tensors)
+    assert addresses.are_those_of(tensors)
+    assert addresses.are_those_of([t.view_as(t) for t in tensors])
     for moved in (0, 1, 3):
         others = [t.clone() if index == moved else t for index, t in enumerate(tensors)]
-        assert not places.are_those_of(others)
+        assert not addresses.are_those_of(others)
     tensors[1].data = torch.ones(2)
-    assert not places.are_those_of(tensors)
+    assert not addresses.are_those_of(tensors)
 
 
 def test_gradients_may_be_cleared_after_the_step_in_place():
